@@ -1,0 +1,154 @@
+"""The typed configuration of a run: these dataclasses are the schema, and the only place where a setting is declared.
+
+A value comes from, in rising order: the default here, the model preset, the recipe (YAML), `key=value` on the command line.
+Whatever Megatron-Core's own dataclasses already name (learning rate, parallel sizes, layer counts) is not declared again: it goes
+through `megatron.transformer`, `megatron.optimizer` and `megatron.ddp`, and Megatron's dataclasses validate it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class RunConfig:
+    """Where a run writes and what it runs on."""
+
+    dir: str = "runs/default"
+    seed: int = 1234
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Process-group backend; `auto` is gloo on a CPU and NCCL on a GPU.
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    # Compute threads of one rank; 0 divides the machine's cores by the ranks on it.
+    threads: int = 0
+    log_interval: int = 10
+    tensorboard: bool = True
+    wandb_project: str = ""
+
+
+@dataclass
+class EncoderConfig:
+    """Whisper-shaped audio encoder; defaults are the published Qwen2-Audio encoder."""
+
+    mels: int = 128
+    width: int = 1280
+    layers: int = 32
+    heads: int = 20
+    ffn_width: int = 5120
+    # 50 Hz positions: 30 s.
+    max_positions: int = 1500
+    # Average-pool by two before the final norm: 50 -> 25 Hz. Off only to compare with a plain Whisper encoder.
+    pooling: bool = True
+    # `random`, or a directory that holds weights (`whisper-base` wheels unpacked by `data fetch`).
+    weights: str = "random"
+
+
+@dataclass
+class AdaptorConfig:
+    """Encoder-to-decoder adaptor; defaults are the Step-Audio shape."""
+
+    # `step`: Conv1d k3 s2 + GELU + Linear + ReLU + Linear, 12.5 Hz. `linear`: Qwen2-Audio's projector, 25 Hz.
+    kind: Literal["step", "linear"] = "step"
+    width: int = 2048
+    # `clean` zeroes the frame beyond a chunk's end that the last convolution tap reads; `step` reads it, as the released code does.
+    compat: Literal["clean", "step"] = "clean"
+
+
+@dataclass
+class ModelConfig:
+    """What the decoder needs beyond Megatron's own `TransformerConfig`."""
+
+    preset: str = "step-audio-32b"
+    vocabulary_size: int = 158720
+    max_positions: int = 65536
+    rotary_base: float = 1e6
+    tie_embeddings: bool = False
+    # `auto`: Transformer Engine on a GPU when installed, else the torch layers.
+    layers: Literal["auto", "torch", "te"] = "auto"
+    # Patterns (fnmatch) of parameters that are not trained; one that matches nothing is an error. The encoder is always frozen.
+    freeze: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TokenizerConfig:
+    """Token ids: the Qwen vocabulary, or the subset of it that a corpus uses."""
+
+    # Directory written by `data prepare` (compact vocabulary), or `qwen` files (a `qwen.tiktoken`).
+    path: str = ""
+    template: Literal["step-audio", "chatml"] = "step-audio"
+
+
+@dataclass
+class SourceConfig:
+    """One source of conversations in the mixture."""
+
+    name: str = ""
+    path: str = ""
+    # Share of trained tokens relative to the other sources (equation 1 of the report).
+    weight: float = 1.0
+
+
+@dataclass
+class DataConfig:
+    """What is read, and how it is packed."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    # Micro-batch size: packed tokens, never exceeded.
+    tokens_per_micro_batch: int = 4096
+    # Audio index written by `data validate`; conversations name clips, the index knows their length and hash.
+    index: str = ""
+    # Share of clips that may be quarantined before a run refuses to start.
+    quarantine_limit: float = 0.01
+    # Samples that the packer looks at together, a multiple of what one step needs.
+    packing_window: int = 256
+
+
+@dataclass
+class AudioConfig:
+    """Decoding and the encoded-audio cache."""
+
+    # `auto`: cache on disk when more than one pass is asked for, else encode inside the step.
+    cache: Literal["auto", "on", "off"] = "auto"
+    cache_dir: str = ""
+    cache_max_gib: float = 50.0
+    max_clip_seconds: float = 600.0
+    # Rows of every matrix product in the encoder: one canonical shape, so that a clip's bits do not depend on its companions.
+    encoder_block: int = 1024
+
+
+@dataclass
+class TrainingConfig:
+    """The step loop. Learning rate, weight decay and clipping are Megatron's (`megatron.optimizer`)."""
+
+    steps: int = 1000
+    # Micro-batches of one optimizer step over all data-parallel ranks.
+    micro_batches_per_step: int = 8
+    lr_warmup_steps: int = 0
+    lr_schedule: Literal["cosine", "wsd", "constant", "linear"] = "cosine"
+    # Steps of the final decay of `wsd`.
+    wsd_decay_steps: int = 0
+    save_interval: int = 0
+    validation_interval: int = 0
+
+
+@dataclass
+class MegatronConfig:
+    """Fields of Megatron's own dataclasses, passed through."""
+
+    transformer: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    adaptor: AdaptorConfig = field(default_factory=AdaptorConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)

@@ -1,0 +1,65 @@
+"""Configuration: layers merge in order, wrong keys and values are named, what is written is read back the same."""
+
+import pytest
+
+from step_megatron.config import ConfigError, load_config, save, to_dict
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_overrides_beat_recipe_beats_preset(tmp_path):
+    path = recipe(tmp_path, "model: {preset: tiny, rotary_base: 5000.0}\nmegatron: {transformer: {hidden_size: 128}}\n")
+    config = load_config(path, ["model.rotary_base=700", "megatron.optimizer.lr=1e-4"])
+    assert config.model.rotary_base == 700.0
+    assert config.megatron.transformer["hidden_size"] == 128
+    assert config.megatron.transformer["num_layers"] == 4, "the preset's other fields stay"
+    assert config.megatron.optimizer["lr"] == 1e-4, "1e-4 is a number, not a string"
+
+
+def test_a_preset_named_by_an_override_replaces_the_recipes(tmp_path):
+    path = recipe(tmp_path, "model: {preset: tiny}\n")
+    assert load_config(path, ["model.preset=step-audio-32b"]).megatron.transformer["num_layers"] == 64
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.stepz=3", r"unknown key training\.stepz; did you mean training\.steps"),
+        ("training.steps=many", r"training\.steps='many': must be int"),
+        ("training.steps=true", r"training\.steps=True: must be int"),
+        ("training.lr_schedule=step", r"must be one of cosine, wsd"),
+        ("data.sources=x", r"data\.sources='x': must be a list"),
+        ("data.sources=[{pth: x}]", r"unknown key data\.sources\[0\]\.pth; did you mean data\.sources\[0\]\.path"),
+        ("training=3", r"training must be a mapping"),
+        ("model.preset=tinny", r"no preset 'tinny'; there are .*tiny"),
+        ("nonsense", r"write key\.path=value"),
+        ("run.dir=[", r"not valid YAML"),
+    ],
+)
+def test_bad_override_names_key_and_remedy(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, ["model.preset=tiny", override])
+
+
+def test_bad_recipe_names_the_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: No such file"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: unknown key trainin; did you mean training"):
+        load_config(recipe(tmp_path, "trainin: {}\n"))
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: the top level must be a mapping"):
+        load_config(recipe(tmp_path, "- 1\n"))
+
+
+def test_yaml_objects_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(recipe(tmp_path, "run: !!python/object/apply:os.getcwd []\n"))
+
+
+def test_what_is_saved_loads_back_equal(tmp_path):
+    config = load_config(None, ["model.preset=tiny", "data.sources=[{name: a, path: b, weight: 2}]", "run.dir=täst"])
+    save(config, tmp_path / "resolved.yaml")
+    assert to_dict(load_config(tmp_path / "resolved.yaml")) == to_dict(config)
