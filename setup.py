@@ -26,6 +26,20 @@ setup(
         "psutil>=6,<8",
         "tqdm>=4.66,<5",
     ],
-    extras_require={},
+    extras_require={
+        # A GPU machine: Transformer Engine layers (FP8). Never beside Megatron on a CPU: without its torch extension it breaks
+        # `import megatron.core.optimizer`.
+        "cuda": ["transformer-engine[pytorch]>=2.9,<2.12", "triton>=3.6,<3.9"],
+        "nemo": ["nemo-toolkit[asr]>=2.5,<4"],
+        "wandb": ["wandb>=0.19,<1"],
+        "dev": [
+            "pytest>=8,<10",
+            "pytest-timeout>=2.3,<3",
+            "hypothesis>=6.100,<7",
+            "transformers>=5.20,<6",
+            "scikit-learn>=1.5,<2",
+            "ruff>=0.9,<0.18",
+        ],
+    },
     entry_points={"console_scripts": ["step-megatron=step_megatron.cli:main"]},
 )

@@ -2,7 +2,8 @@
 
 `load_config(recipe, overrides)` merges, in rising order: defaults of the schema, the model preset that the recipe or an
 override names, the recipe (YAML), the overrides (`key.path=value`, the value read as YAML). An unknown key is an error that
-names the place and the nearest key that exists; a value of the wrong type is an error that names the key, the value and the type expected.
+names the place and the nearest key that exists; a value of the wrong type is an error that names the key, the value and the
+type expected.
 """
 
 import dataclasses

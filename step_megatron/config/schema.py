@@ -49,7 +49,7 @@ class AdaptorConfig:
     # `step`: Conv1d k3 s2 + GELU + Linear + ReLU + Linear, 12.5 Hz. `linear`: Qwen2-Audio's projector, 25 Hz.
     kind: Literal["step", "linear"] = "step"
     width: int = 2048
-    # `clean` zeroes the frame beyond a chunk's end that the last convolution tap reads; `step` reads it, as the released code does.
+    # `clean` zeroes the frame beyond a chunk's end that the last convolution tap reads; `step` reads it, as released.
     compat: Literal["clean", "step"] = "clean"
 
 
