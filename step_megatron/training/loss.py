@@ -1,0 +1,34 @@
+"""The loss of a step: the mean over every trained token of the step, wherever it was computed.
+
+    L = sum_i m_i l_i / sum_i m_i        over all tokens i of all micro-batches of all ranks
+
+A mean of the micro-batches' means would weigh a token of a short reply more than one of a long reply (packed micro-batches hold very
+different numbers of trained tokens). Megatron divides once, at the end: with `calculate_per_token_loss` each micro-batch hands its
+sum and its count to the schedule, gradients accumulate the sums, and `finalize_model_grads` divides by the count over all ranks.
+
+Source: equation 1 of the Step-Audio-R1.5 report (the weights of the mixture are in the data, not in the loss).
+"""
+
+import torch
+
+
+def masked_loss(
+    losses: torch.Tensor, loss_mask: torch.Tensor, source: torch.Tensor, sources: int
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum the losses of the trained tokens, in the form that Megatron's schedules take for a per-token mean.
+
+    Args:
+        losses: `[1, t]`, one per token of this rank (its slice, under context parallelism).
+        loss_mask: `[1, t]` float, 1 where the token is trained.
+        source: `[t]` int64, which source of the mixture each token comes from; anything valid where the mask is 0.
+        sources: number of sources.
+
+    Returns:
+        The summed loss (with gradient), the number of trained tokens (int32), and `{"sums": [sources, 2]}`: loss sum and token count
+        of each source, float64 on the device (no host synchronisation here).
+    """
+    trained = losses.float() * loss_mask
+    sums = torch.zeros(sources, 2, dtype=torch.float64, device=losses.device)
+    values = torch.stack((trained.detach().flatten(), loss_mask.flatten()), dim=1).double()
+    sums.index_add_(0, source, values)
+    return trained.sum(), loss_mask.sum().to(torch.int32), {"sums": sums}

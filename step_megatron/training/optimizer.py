@@ -1,0 +1,87 @@
+"""Data parallelism, optimizer and gradient synchronisation, from Megatron's own parts.
+
+Every field of `megatron.optimizer` and `megatron.ddp` is passed through to Megatron's dataclasses under its own name.
+"""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.transformer import TransformerConfig
+
+from step_megatron.config.load import ConfigError
+from step_megatron.config.passthrough import build_section
+from step_megatron.config.schema import MegatronConfig
+
+# Settings that both of Megatron's dataclasses declare and that must agree: either section may set them.
+SHARED_FIELDS = ("use_distributed_optimizer", "overlap_param_gather")
+
+
+def build_optimizer_config(megatron: MegatronConfig, transformer: TransformerConfig) -> OptimizerConfig:
+    """Megatron's optimizer configuration; precision follows the transformer's.
+
+    Raises:
+        ConfigError: unknown field, missing learning rate, or a value that contradicts `megatron.ddp` or the model's precision.
+    """
+    values = {"min_lr": 0.0, **megatron.optimizer}
+    if "lr" not in values:
+        raise ConfigError("megatron.optimizer.lr is not set; give the peak learning rate, for example 1e-4")
+    if values["min_lr"] > values["lr"]:
+        raise ConfigError(f"megatron.optimizer.min_lr={values['min_lr']} exceeds megatron.optimizer.lr={values['lr']}")
+    derived = {"bf16": transformer.bf16, "fp16": transformer.fp16, "params_dtype": transformer.params_dtype}
+    return build_section(OptimizerConfig, values, "megatron.optimizer", **derived, **_shared(megatron))
+
+
+def build_ddp_config(megatron: MegatronConfig) -> DistributedDataParallelConfig:
+    """Megatron's data-parallel configuration; gradients are accumulated and reduced in fp32 unless the run says otherwise.
+
+    Raises:
+        ConfigError: unknown field, or a value that contradicts `megatron.optimizer`.
+    """
+    values = {"grad_reduce_in_fp32": True, **megatron.ddp}
+    return build_section(DistributedDataParallelConfig, values, "megatron.ddp", **_shared(megatron))
+
+
+def _shared(megatron: MegatronConfig) -> dict[str, bool]:
+    return {name: megatron.optimizer.get(name, megatron.ddp.get(name, False)) for name in SHARED_FIELDS}
+
+
+def wrap_data_parallel(
+    chunks: list[torch.nn.Module], transformer: TransformerConfig, ddp: DistributedDataParallelConfig
+) -> list[DistributedDataParallel]:
+    """Wrap the model chunks of this rank (one, or one per virtual pipeline stage) and give all replicas the same parameters.
+
+    Only the first chunk is bucketed unless gradients are reduced while the backward pass runs: buckets exist for that overlap.
+    """
+    wrapped = [
+        DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=index > 0 and not ddp.overlap_grad_reduce)
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def build_optimizer(config: OptimizerConfig, model: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """Megatron's optimizer over the trainable parameters; biases and norms are in groups without weight decay.
+
+    The groups only carry the multiplier; `schedule.build_scheduler` makes the object that applies it.
+    """
+    return get_megatron_optimizer(config, model, config_overrides=get_standard_config_overrides(config))
+
+
+def connect_gradients(transformer: TransformerConfig, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Tell Megatron's schedules how to scale the loss, when not to reduce gradients, and how to finish them.
+
+    `finalize_model_grads` reduces over replicas, adds what sequence parallelism left apart, and divides by the number of trained
+    tokens of the step (`calculate_per_token_loss`).
+    """
+    many = len(model) > 1
+    transformer.grad_scale_func = optimizer.scale_loss
+    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.no_sync_func = [chunk.no_sync for chunk in model] if many else model[0].no_sync
+    ddp = model[0].ddp_config
+    if ddp.overlap_grad_reduce:
+        transformer.grad_sync_func = [chunk.start_grad_sync for chunk in model] if many else model[0].start_grad_sync
+    if ddp.overlap_param_gather and ddp.align_param_gather:
+        transformer.param_sync_func = [chunk.start_param_sync for chunk in model] if many else model[0].start_param_sync
+
