@@ -11,9 +11,9 @@
 No role is dropped: tools are a `tool_json_schemas` turn, their results `function_output` turns. A 25 s chunk of audio is
 `<audio_start>`, its `<audio_patch>` placeholders, `<audio_end>`; a longer clip is several such runs.
 
-Text is encoded piece by piece, cut at every special, at the end of the turn's header and where the prompt ends, so BPE never merges
-over the place where generation starts: the prompt's tokens are a prefix of the training sample's. Specials enter as ids; a special's
-name inside a conversation's text is plain text.
+Text is encoded piece by piece, cut at every special, at the end of the turn's header and where the prompt ends, so BPE never
+merges over the place where generation starts: the prompt's tokens are a prefix of the training sample's. Specials enter as ids;
+a special's name inside a conversation's text is plain text.
 """
 
 from collections.abc import Callable
@@ -123,8 +123,8 @@ def render(
         generation: make the prompt of a reply instead: of the last turn where that is the assistant's (its content is left out),
             else of a new turn. No token of a prompt is a target.
 
-    Targets are, of every assistant turn with `train`: the reasoning, `</think>`, the response and the closing token, that is, every
-    token that generation would have to write after the prompt.
+    Targets are, of every assistant turn with `train`: the reasoning, `</think>`, the response and the closing token, that is,
+    every token that generation would have to write after the prompt.
 
     Raises:
         TemplateError: an unknown template or role, no turn, audio in an assistant turn, or a clip too short for a token.
@@ -212,7 +212,7 @@ class _Builder:
         chunks = self.clip_tokens(address)
         if not chunks or min(chunks) < 1:
             raise TemplateError(
-                f"conversation {self.name!r}: clip {address!r} is too short for a token; `step-megatron data validate` quarantines it"
+                f"conversation {self.name!r}: clip {address!r} is too short for a token; run `step-megatron data validate`"
             )
         for chunk, tokens in enumerate(chunks):
             self.special("<audio_start>")
