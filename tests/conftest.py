@@ -1,0 +1,59 @@
+"""Fixtures that all tests share: worker pools, a single-process runtime, the folder of downloads."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before torch is imported: several processes share the cores in many tests.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+# `tests.parallel.layouts` and `support.worker_pool` are importable however pytest was started.
+for _path in (ROOT / "tests", ROOT):
+    if str(_path) not in sys.path:
+        sys.path.insert(0, str(_path))
+
+# The same examples on every run: a failure is repeatable, and a slow machine is not a failure.
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: minutes long; `tests/run.sh --full` runs it")
+
+
+@pytest.fixture(scope="session")
+def worker_pool():
+    """`worker_pool(world_size)` gives the session's pool of that size; see `support/worker_pool.py`."""
+    from support.worker_pool import WorkerPool
+
+    pools: dict[int, WorkerPool] = {}
+
+    def pool(world_size: int) -> WorkerPool:
+        if world_size not in pools:
+            pools[world_size] = WorkerPool(world_size)
+        return pools[world_size]
+
+    yield pool
+    for each in pools.values():
+        each.close()
+
+
+@pytest.fixture
+def runtime():
+    """A runtime of one process on the CPU, with one thread, ended after the test."""
+    from step_megatron.config.schema import Config, RunConfig
+    from step_megatron.runtime.device import initialize, shutdown
+
+    yield initialize(Config(run=RunConfig(threads=1)))
+    shutdown()
+
+
+@pytest.fixture(scope="session")
+def step_data() -> Path:
+    """The folder of downloads (`STEP_DATA`, else `data/`); tests that need a file of it skip when it is not there."""
+    return Path(os.environ.get("STEP_DATA", ROOT / "data"))
