@@ -1,10 +1,10 @@
 """Runs Megatron-Core on a CPU: every place where it takes a CUDA device for granted is mapped onto the CPU.
 
 Megatron-Core names CUDA directly (`torch.cuda.current_device()` as a device, `device="cuda"`, `tensor.cuda()`, type strings
-such as `torch.cuda.FloatTensor`). Its algorithms do not depend on CUDA, so with these names mapped, tensor, pipeline, context,
-sequence and data parallelism run on gloo. `install()` is called by `runtime.initialize()`, never on import; it changes nothing where
-CUDA is available.
-`uninstall()` puts torch back. Each adjustment has a test that fails without it (`tests/runtime/test_megatron_cpu.py`).
+such as `torch.cuda.FloatTensor`). Its algorithms do not depend on CUDA, so with these names mapped, tensor, pipeline,
+context, sequence and data parallelism run on gloo. `install()` is called by `runtime.initialize()`, never on import; it
+changes nothing where CUDA is available. `uninstall()` puts torch back. Each adjustment has a test that fails without it
+(`tests/runtime/test_megatron_cpu.py`).
 """
 
 import contextlib

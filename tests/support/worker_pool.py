@@ -10,13 +10,14 @@ Use it through the fixture in `tests/conftest.py`:
         return losses                                           # anything that pickles; tensors come back as copies
 
     def test_losses(worker_pool):
-        results = worker_pool(4).run(train, {"layout": "tp2pp2"})                       # one result per rank, in rank order
-        results = worker_pool(2).run("tests.parallel.layouts:train", {"layout": "tp2"}) # the same by name
+        results = worker_pool(4).run(train, {"layout": "tp2pp2"})                         # one result per rank, in rank order
+        results = worker_pool(2).run("tests.parallel.layouts:train", {"layout": "tp2"})   # the same by name
 
-The function has to be importable: at the top level of a test file or of any module under `tests/`. Ranks see torchrun's variables
-(RANK, WORLD_SIZE, ...), one OpenMP thread each, and generators seeded with 0 before each call. When a rank raises, `run` fails with
-that rank's traceback; when ranks do not come back in `timeout` seconds, it fails with the Python stack of each rank that is still at
-work. Either way the pool is ended and a fresh one is started by the next `run`, so that one failure does not spoil other tests.
+The function has to be importable: at the top level of a test file or of any module under `tests/`. Ranks see torchrun's
+variables (RANK, WORLD_SIZE, ...), one OpenMP thread each, and generators seeded with 0 before each call. When a rank raises,
+`run` fails with that rank's traceback; when ranks do not come back in `timeout` seconds, it fails with the Python stack of
+each rank that is still at work. Either way the pool is ended and a fresh one is started by the next `run`, so that one
+failure does not spoil other tests.
 """
 
 import contextlib
