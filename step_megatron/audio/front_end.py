@@ -1,0 +1,317 @@
+"""Decoding and log-mel features: DALI does both, on the CPU or the GPU, fed by our own sampler.
+
+    encoded bytes --decode--> first channel, 16 kHz, float32 --log_mel--> [mels, frames]
+
+Decoding. wav (every PCM width, float, mu-law), flac, ogg vorbis and opus go through DALI; raw g722 and whatever DALI lacks (mp3,
+aiff, m4a, ...) are read by soundfile or PyAV and resampled by DALI. **The first channel is taken**, not the mean: that is what
+the released model was trained on, and a mean would cancel channels in opposite phase. Wrong rates are resampled, formats scaled
+to [-1, 1].
+
+Log-mel. Whisper's maths: 479 zeros on the right, STFT (400, hop 160, periodic Hann, reflected edges), last frame dropped, slaney
+mel filters, log10 clamped at 1e-10, floored at the maximum - 8, (x + 4) / 4. The right padding makes the two tail frames that the
+convolutions need (`geometry.TAIL_FRAMES`). It equals padding to 30 s, cut after `mel + 2` frames: every later frame is digital
+silence, and cannot raise the maximum. The maximum is taken per chunk, because the released code cuts before it transforms. Edge
+cases follow from that:
+
+- one sample: the left edge reflects into the right padding, as it does in a clip padded to 30 s; three frames;
+- digital silence: the maximum is the clamp itself, so every value is (-10 + 4) / 4 = -1.5 (`validate` quarantines such clips).
+
+One bad clip stops a whole DALI batch and kills its pipeline. So headers are checked first, and a batch that fails is split until
+the bad clips are alone.
+Source: Step-Audio-R1 `utils.py`; transformers' `WhisperFeatureExtractor`.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from step_megatron.audio.errors import AudioError
+from step_megatron.audio.geometry import HOP_SAMPLES, SAMPLE_RATE, chunk_frames, chunk_lengths
+from step_megatron.audio.headers import AudioHeader, read_header
+
+# Right padding of the released code: it makes the two tail frames.
+RIGHT_PADDING = 479
+_WINDOW = 400
+# One DALI batch: enough clips to keep the threads busy, little enough memory (a 25 s chunk needs 2 MB of spectrogram).
+_BATCH_CLIPS = 64
+_BATCH_BYTES = 64 << 20
+_DALI_FORMATS = ("wav", "flac", "ogg")
+
+
+@dataclass(frozen=True)
+class DecodedClip:
+    """A decoded clip.
+
+    Attributes:
+        waveform: `[num_samples]` float32, first channel, 16 kHz.
+        sample_rate: Hz, of the source.
+        channels: of the source.
+        format: of the source, as `AudioHeader.format`.
+    """
+
+    waveform: np.ndarray
+    sample_rate: int
+    channels: int
+    format: str
+
+
+def split_chunks(waveform: np.ndarray) -> list[np.ndarray]:
+    """Cut a waveform into the chunks of `geometry.chunk_lengths`, without copying."""
+    starts = np.cumsum([0, *chunk_lengths(len(waveform))])
+    return [waveform[start:end] for start, end in zip(starts[:-1], starts[1:], strict=True)]
+
+
+class LogMelFrontEnd:
+    """Decoder and feature extractor; one per process, not for several threads at once.
+
+    Args:
+        mels: mel bands (80 for Whisper, 128 for the Step-Audio encoder).
+        device: where features are made and stay; decoding is always on the CPU.
+        threads: DALI's CPU threads.
+        max_seconds: longer clips fail with `too-long` before they are decoded, where the header tells the length.
+    """
+
+    def __init__(self, mels: int, device: torch.device | str = "cpu", threads: int = 1, max_seconds: float = 600.0):
+        self.mels, self.device, self.threads, self.max_seconds = mels, torch.device(device), threads, max_seconds
+        self._pipelines: dict[str, object] = {}
+
+    def decode(self, data: Sequence[bytes], names: Sequence[str] | None = None) -> list[DecodedClip | AudioError]:
+        """Decode encoded clips; a clip that cannot be decoded gives its error in its place and disturbs no other.
+
+        Args:
+            data: encoded clips.
+            names: their file names; only the extension counts, and only for formats without a header (g722).
+        """
+        results: list[DecodedClip | AudioError | None] = [None] * len(data)
+        by_dali: dict[str, list[int]] = {"decode": [], "decode_resample": []}
+        headers: dict[int, AudioHeader] = {}
+        for i, clip in enumerate(data):
+            try:
+                headers[i] = read_header(clip, names[i] if names else "")
+                self._check_length(headers[i].seconds)
+                if headers[i].format in _DALI_FORMATS:
+                    by_dali["decode" if headers[i].rate == SAMPLE_RATE else "decode_resample"].append(i)
+                else:
+                    results[i] = self._decode_elsewhere(clip, headers[i])
+            except AudioError as error:
+                results[i] = error
+        for kind, clips in by_dali.items():
+            for batch in _batches(clips, [len(data[i]) for i in clips]):
+                decoded = self._decode_isolating(kind, [np.frombuffer(data[i], np.uint8) for i in batch])
+                for i, outcome in zip(batch, decoded, strict=True):
+                    results[i] = self._finish(outcome, headers[i])
+        return results
+
+    def log_mel(self, waveforms: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Log-mel features of chunks.
+
+        Args:
+            waveforms: chunks of 1 to 400,000 samples, float32 at 16 kHz (`split_chunks`).
+
+        Returns:
+            For each `[mels, ceil(samples / 160) + 2]` float32 on the device: the last two frames are the padding's.
+
+        Raises:
+            ValueError: for an empty chunk or one of more than 25 s.
+        """
+        features: list[torch.Tensor] = []
+        for waveform in waveforms:
+            if chunk_frames(len(waveform)).mel == 0:
+                raise ValueError("an empty chunk has no features")
+        for batch in _batches(range(len(waveforms)), [4 * len(waveform) for waveform in waveforms]):
+            padded = [np.pad(waveforms[i].astype(np.float32, copy=False), (0, RIGHT_PADDING)) for i in batch]
+            (outputs,) = self._run("log_mel", wave=padded)
+            features += [torch.from_dlpack(outputs[i]).clone() for i in range(len(batch))]
+        return features
+
+    def _check_length(self, seconds: float | None) -> None:
+        if seconds is not None and seconds > self.max_seconds:
+            raise AudioError("too-long", f"{seconds:.1f} s; the limit is {self.max_seconds:g} s")
+
+    def _decode_isolating(self, kind: str, clips: list[np.ndarray]) -> list[tuple[np.ndarray, int, tuple[int, int]] | AudioError]:
+        """Run a decode pipeline; when it fails, halve the batch until every bad clip is alone."""
+        try:
+            waves, rates, shapes = self._run(kind, encoded=clips)
+        except RuntimeError as error:
+            if len(clips) == 1:
+                return [AudioError("corrupt", _dali_reason(error))]
+            half = len(clips) // 2
+            return self._decode_isolating(kind, clips[:half]) + self._decode_isolating(kind, clips[half:])
+        return [(np.array(waves[i]), int(np.array(rates[i])), tuple(np.array(shapes[i]).tolist())) for i in range(len(clips))]
+
+    def _finish(
+        self, outcome: tuple[np.ndarray, int, tuple[int, int]] | AudioError, header: AudioHeader
+    ) -> DecodedClip | AudioError:
+        """Compare what was decoded with what the header promised."""
+        if isinstance(outcome, AudioError):
+            return outcome
+        waveform, rate, (frames, channels) = outcome
+        if header.rate == SAMPLE_RATE != rate:
+            waveform = self._resample(waveform, rate)
+        return self._checked(waveform, rate, channels, frames, header)
+
+    def _decode_elsewhere(self, clip: bytes, header: AudioHeader) -> DecodedClip | AudioError:
+        waveform, rate, channels = (
+            _decode_by_soundfile(clip) if header.format not in ("g722", "unknown") else _decode_by_av(clip, header)
+        )
+        frames = len(waveform)
+        if rate != SAMPLE_RATE and frames:
+            waveform = self._resample(waveform, rate)
+        return self._checked(waveform, rate, channels, frames, header)
+
+    def _checked(
+        self, waveform: np.ndarray, rate: int, channels: int, frames: int, header: AudioHeader
+    ) -> DecodedClip | AudioError:
+        if header.frames is not None and frames < header.frames:
+            return AudioError(
+                "truncated", f"the {header.format} header promises {header.frames} samples, {frames} could be decoded"
+            )
+        if not len(waveform):
+            return AudioError("empty", f"a {header.format} clip without samples")
+        if not np.isfinite(waveform).all():
+            return AudioError("corrupt", "samples that are not finite numbers")
+        try:
+            self._check_length(len(waveform) / SAMPLE_RATE)
+        except AudioError as error:
+            return error
+        return DecodedClip(waveform, rate, channels, header.format)
+
+    def _resample(self, waveform: np.ndarray, rate: int) -> np.ndarray:
+        (waves,) = self._run("resample", wave=[waveform], rate=[np.array(rate, np.float32)])
+        return np.array(waves[0])
+
+    def _run(self, kind: str, **inputs: list[np.ndarray]) -> tuple:
+        """Feed one batch to a pipeline and return its outputs; a pipeline that failed is dropped, DALI cannot use it again."""
+        pipeline = self._pipelines.get(kind)
+        if pipeline is None:
+            pipeline = self._pipelines[kind] = _build(kind, self.mels, self.device, self.threads)
+        try:
+            for name, batch in inputs.items():
+                pipeline.feed_input(name, batch)
+            return pipeline.run()
+        except RuntimeError:
+            del self._pipelines[kind]
+            raise
+
+
+def _batches(clips: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Group clips, in order, into DALI batches bounded in number and bytes."""
+    batches: list[list[int]] = []
+    room = 0
+    for clip, size in zip(clips, sizes, strict=True):
+        if not batches or len(batches[-1]) == _BATCH_CLIPS or size > room:
+            batches.append([])
+            room = _BATCH_BYTES
+        batches[-1].append(clip)
+        room -= size
+    return batches
+
+
+def _build(kind: str, mels: int, device: torch.device, threads: int):
+    """A DALI pipeline: `decode`, `decode_resample`, `resample` or `log_mel`."""
+    from nvidia.dali import Pipeline
+
+    on_gpu = kind == "log_mel" and device.type == "cuda"
+    # One batch at a time: the caller needs the result of what it fed before it can go on.
+    pipeline = Pipeline(
+        batch_size=_BATCH_CLIPS,
+        num_threads=threads,
+        device_id=(device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=1,
+    )
+    graphs: dict[str, Callable] = {
+        "decode": lambda: _decode_graph(resample=False),
+        "decode_resample": lambda: _decode_graph(resample=True),
+        "resample": _resample_graph,
+        "log_mel": lambda: _log_mel_graph(mels, on_gpu),
+    }
+    with pipeline:
+        pipeline.set_outputs(*graphs[kind]())
+    pipeline.build()
+    return pipeline
+
+
+def _decode_graph(resample: bool) -> tuple:
+    from nvidia.dali import fn, types
+
+    audio, rate = fn.decoders.audio(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1), dtype=types.FLOAT)
+    first = audio[:, 0]
+    if resample:
+        first = fn.audio_resample(first, in_rate=rate, out_rate=float(SAMPLE_RATE))
+    return first, rate, audio.shape()
+
+
+def _resample_graph() -> tuple:
+    from nvidia.dali import fn, types
+
+    wave = fn.external_source(name="wave", dtype=types.FLOAT, ndim=1)
+    rate = fn.external_source(name="rate", dtype=types.FLOAT, ndim=0)
+    return (fn.audio_resample(wave, in_rate=rate, out_rate=float(SAMPLE_RATE)),)
+
+
+def _log_mel_graph(mels: int, on_gpu: bool) -> tuple:
+    from nvidia.dali import fn, math, types
+
+    wave = fn.external_source(name="wave", dtype=types.FLOAT, ndim=1)
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_WINDOW) / _WINDOW)
+    power = fn.spectrogram(
+        wave.gpu() if on_gpu else wave,
+        nfft=_WINDOW,
+        window_length=_WINDOW,
+        window_step=HOP_SAMPLES,
+        window_fn=hann.astype(np.float32).tolist(),
+        center_windows=True,
+        reflect_padding=True,
+        power=2,
+    )
+    mel = fn.mel_filter_bank(
+        power,
+        sample_rate=float(SAMPLE_RATE),
+        nfilter=mels,
+        freq_low=0.0,
+        freq_high=SAMPLE_RATE / 2,
+        mel_formula="slaney",
+        normalize=True,
+    )
+    log = math.log10(math.max(mel[:, :-1], 1e-10))
+    return ((math.max(log, fn.reductions.max(log) - 8.0) + 4.0) * 0.25,)
+
+
+def _decode_by_soundfile(clip: bytes) -> tuple[np.ndarray, int, int]:
+    """First channel, rate and channel count."""
+    import soundfile
+
+    try:
+        samples, rate = soundfile.read(io.BytesIO(clip), dtype="float32", always_2d=True)
+    except RuntimeError as error:
+        raise AudioError("corrupt", str(error)) from error
+    return np.ascontiguousarray(samples[:, 0]), rate, samples.shape[1]
+
+
+def _decode_by_av(clip: bytes, header: AudioHeader) -> tuple[np.ndarray, int, int]:
+    """First channel, rate and channel count, for raw g722 and for containers that only FFmpeg reads."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(clip), format="g722" if header.format == "g722" else None) as container:
+            if not container.streams.audio:
+                raise AudioError("corrupt", "no audio stream")
+            stream = container.streams.audio[0]
+            to_float = av.AudioResampler(format="fltp")
+            frames = [part for frame in container.decode(stream) for part in to_float.resample(frame)]
+            channels, rate = stream.channels, stream.rate
+    except (av.FFmpegError, ValueError) as error:
+        raise AudioError("corrupt", f"not audio that DALI, soundfile or FFmpeg can read ({error})") from error
+    samples = [frame.to_ndarray()[0] for frame in frames]
+    return np.concatenate(samples) if samples else np.zeros(0, np.float32), rate, channels
+
+
+def _dali_reason(error: RuntimeError) -> str:
+    """The sentence of a DALI error that says what is wrong with the clip."""
+    lines = [
+        line.strip() for line in str(error).splitlines() if "Error decoding" in line or "Failed to" in line or "Assert on" in line
+    ]
+    return lines[0][:300] if lines else str(error).splitlines()[0][:300]
