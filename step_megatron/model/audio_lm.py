@@ -1,0 +1,132 @@
+"""The audio language model: adaptor and decoder, one pipeline stage (or virtual chunk) per module.
+
+    tokens -> embeddings -> audio merged at the placeholders -> context-parallel slice -> sequence-parallel scatter -> decoder
+
+Everything before the decoder happens on the first stage only. The encoder is no part of it: it is frozen, so its output arrives
+with the batch (`ModelBatch.audio_features`).
+"""
+
+import dataclasses
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from step_kernels import merge_audio_embeddings
+
+from step_megatron.config.schema import Config
+from step_megatron.model import weights
+from step_megatron.model.adaptor import AudioAdaptor
+from step_megatron.model.batch import ModelBatch
+from step_megatron.model.decoder import build_decoder, transformer_config
+from step_megatron.model.rope import RotaryTable
+from step_megatron.runtime import seeds
+
+__all__ = ["AudioLanguageModel", "ModelBatch", "build_model"]
+
+
+class AudioLanguageModel(MegatronModule):
+    """Adaptor (first stage), decoder stage and output layer (last stage), with what Megatron's schedules ask of a model.
+
+    Args:
+        config: the run's configuration.
+        transformer: from `transformer_config(config)`; all chunks of a rank share one object.
+        vp_stage: virtual pipeline chunk, None without virtual stages.
+    """
+
+    def __init__(self, config: Config, transformer: TransformerConfig, vp_stage: int | None = None):
+        super().__init__(config=transformer)
+        self.model_type = ModelType.encoder_or_decoder
+        self.vp_stage = vp_stage
+        self.language_model = build_decoder(config, transformer, vp_stage)
+        weights.initialize(self.language_model, config.run.seed)
+        self.tp_group = self.language_model.tp_group
+        self.pre_process = self.language_model.pre_process
+        self.post_process = self.language_model.post_process
+        self.share_embeddings_and_output_weights = config.model.tie_embeddings
+        device = next(self.language_model.parameters()).device
+        self.rotary = RotaryTable(transformer.kv_channels, config.model.max_positions, config.model.rotary_base, device)
+        if self.pre_process:
+            # The adaptor is whole on every tensor-parallel rank, so all draw it alike, without disturbing the run's generators.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seeds.derive(config.run.seed, "adaptor"))
+                self.adaptor = AudioAdaptor(config.encoder, config.adaptor, transformer.hidden_size)
+            self.adaptor.to(device=device, dtype=transformer.params_dtype)
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        """Take the activations of the stage before; called by Megatron's schedules."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        """The tied weight of this stage, whose gradient Megatron sums over the first and the last stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def forward(self, batch: ModelBatch) -> torch.Tensor:
+        """Run this stage.
+
+        Returns:
+            Last stage with labels: the loss of every token, `[1, T_local]` float32. Last stage without labels: logits,
+            `[1, T_local, vocabulary / tp]`. Other stages: activations, `[T_local (/ tp with sequence parallelism), 1, width]`.
+        """
+        rotary = self.rotary(batch.packed.position_ids, self.config.params_dtype)
+        packed = dataclasses.replace(batch.packed, rotary=rotary)
+        decoder_input = self.embed(batch) if self.pre_process else None
+        return self.language_model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=decoder_input,
+            labels=batch.labels,
+            packed_seq_params=packed,
+        )
+
+    def embed(self, batch: ModelBatch) -> torch.Tensor:
+        """Decoder input of the first stage: embeddings with audio merged in, sliced, scattered; `[T_local (/ tp), 1, width]`."""
+        embeddings = self.language_model.embedding(input_ids=batch.tokens, position_ids=None).squeeze(1)
+        if batch.audio_features is not None and batch.encoder_frames:
+            features = batch.audio_features.to(self.config.params_dtype)
+            audio = self.adaptor(features, batch.encoder_frames)
+            embeddings = merge_audio_embeddings(embeddings, audio.to(embeddings.dtype), batch.audio_positions)
+        elif torch.is_grad_enabled():
+            embeddings = embeddings + self._zero_from_adaptor(embeddings.dtype)
+        if batch.packed.cp_index is not None:
+            embeddings = embeddings.index_select(0, batch.packed.cp_index)
+        embeddings = embeddings.unsqueeze(1)
+        if self.config.sequence_parallel:
+            embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.tp_group)
+        return self._keep_gradient(embeddings)
+
+    def _zero_from_adaptor(self, dtype: torch.dtype) -> torch.Tensor:
+        """A zero that depends on every trained parameter of the adaptor.
+
+        Distributed data parallelism waits for the gradient of every parameter, so a text-only micro-batch has to give zeros.
+        """
+        trained = [parameter for parameter in self.adaptor.parameters() if parameter.requires_grad]
+        return sum((parameter.flatten()[0] * 0 for parameter in trained), torch.zeros((), device=self.rotary.cos.device)).to(
+            dtype
+        )
+
+    def _keep_gradient(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Let gradients start at frozen embeddings: full recomputation and pipeline stages find trained layers by their input."""
+        needed = self.config.recompute_granularity == "full" or self.config.pipeline_model_parallel_size > 1
+        if needed and torch.is_grad_enabled() and not embeddings.requires_grad:
+            return embeddings.detach().requires_grad_()
+        return embeddings
+
+
+def build_model(config: Config, transformer: TransformerConfig | None = None) -> list[AudioLanguageModel]:
+    """This rank's part of the model: one module, or one per virtual pipeline chunk, in order; weights drawn, nothing wrapped.
+
+    Args:
+        config: the run's configuration; `runtime.initialize(config)` has been called.
+        transformer: Megatron's configuration, default `transformer_config(config)`.
+
+    Raises:
+        ValueError: see `decoder.transformer_config` and `decoder.build_decoder`.
+    """
+    transformer = transformer or transformer_config(config)
+    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    stages = [None] if chunks is None else range(chunks)
+    return [AudioLanguageModel(config, transformer, stage) for stage in stages]

@@ -1,0 +1,46 @@
+"""What the audio language model reads of one packed micro-batch."""
+
+from dataclasses import dataclass
+
+import torch
+
+from step_megatron.model.segments import PackedSegments, pack_segments
+
+
+@dataclass
+class ModelBatch:
+    """A packed micro-batch on the device; lengths stay on the host.
+
+    Attributes:
+        tokens: `[1, T]` int64, the whole micro-batch also under context parallelism (audio is merged before it is cut).
+        packed: segments, positions and context-parallel indices.
+        labels: `[1, T_local]` int64, this context-parallel rank's tokens; None to get logits.
+        audio_features: `[sum(encoder_frames), encoder_width]`, chunks back to back; None when the batch has no audio, and on
+            pipeline stages after the first.
+        encoder_frames: 25 Hz frames of every chunk, in the order of their placeholders.
+        audio_positions: `[audio tokens]` int64, index into `T` of every placeholder, in order.
+    """
+
+    tokens: torch.Tensor
+    packed: PackedSegments
+    labels: torch.Tensor | None = None
+    audio_features: torch.Tensor | None = None
+    encoder_frames: tuple[int, ...] = ()
+    audio_positions: torch.Tensor | None = None
+
+
+def make_batch(
+    tokens: torch.Tensor,
+    segment_lengths: tuple[int, ...] | list[int],
+    labels: torch.Tensor | None = None,
+    audio_features: torch.Tensor | None = None,
+    encoder_frames: tuple[int, ...] = (),
+    audio_positions: torch.Tensor | None = None,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+) -> ModelBatch:
+    """A `ModelBatch` from tensors that are already on the device; `tokens` and `labels` are `[1, T]`, both whole."""
+    packed = pack_segments(segment_lengths, tokens.device, cp_size, cp_rank)
+    if packed.cp_index is not None and labels is not None:
+        labels = labels.index_select(1, packed.cp_index)
+    return ModelBatch(tokens, packed, labels, audio_features, tuple(encoder_frames), audio_positions)
