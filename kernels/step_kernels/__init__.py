@@ -1,0 +1,24 @@
+"""Ops of step-megatron over packed segments, usable with torch alone (no Megatron).
+
+Every op is one file that begins with its definition in plain torch; other backends (C++, Triton, CUDA) are tested against it.
+Packed means: segments lie back to back along the first dimension, never padded. `cu_seqlens` (`[segments + 1]` int32, on the
+data's device) says where they begin; what the host must know (output rows, lengths) is passed beside it, so that no op ever waits
+for the device.
+"""
+
+from step_kernels.audio_attention import audio_attention_varlen
+from step_kernels.causal_attention import causal_attention_varlen
+from step_kernels.conv_downsample import conv_downsample_gelu
+from step_kernels.merge_audio import merge_audio_embeddings
+from step_kernels.pool_norm_downsample import pool_norm_downsample
+from step_kernels.registry import available_backends, select_backend
+
+__all__ = [
+    "audio_attention_varlen",
+    "available_backends",
+    "causal_attention_varlen",
+    "conv_downsample_gelu",
+    "merge_audio_embeddings",
+    "pool_norm_downsample",
+    "select_backend",
+]

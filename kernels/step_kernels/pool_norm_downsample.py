@@ -1,0 +1,63 @@
+"""Average-pool by two and LayerNorm over packed audio segments: the encoder's 50 Hz -> 25 Hz tail.
+
+    pooled[o] = LayerNorm((hidden[i] + hidden[i + 1]) / 2)
+
+`i` runs over the even frames of each segment; an odd last frame is dropped, as AvgPool1d(2, 2) does.
+Forward only: the encoder is frozen. A hidden state that requires gradients is refused.
+
+Source: Step-Audio 2 / Qwen2-Audio encoder (`avg_pooler`, then the final layer norm).
+"""
+
+import torch
+
+from step_kernels.registry import select_backend
+
+
+def pool_norm_downsample_reference(
+    hidden: torch.Tensor, cu_seqlens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Define the op in plain torch; every backend is tested against this, in float64.
+
+    Args:
+        hidden: `[frames, width]`, segments packed back to back, 50 Hz.
+        cu_seqlens: `[segments + 1]` int32, `cu_seqlens[0] == 0`, non-decreasing, last = frames.
+        weight, bias: `[width]`, the layer norm's.
+        eps: the layer norm's epsilon.
+
+    Returns:
+        `[sum(length // 2), width]`, 25 Hz, in `hidden`'s dtype.
+    """
+    pooled = [
+        hidden[start : start + (end - start) // 2 * 2].unflatten(0, (-1, 2)).mean(1)
+        for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
+        if end - start >= 2
+    ]
+    pooled = torch.cat([hidden[:0], *pooled])
+    return torch.nn.functional.layer_norm(pooled, weight.shape, weight, bias, eps)
+
+
+def pool_norm_downsample(
+    hidden: torch.Tensor, cu_seqlens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, rows: int
+) -> torch.Tensor:
+    """Pool and normalise packed segments; arguments as in `pool_norm_downsample_reference`.
+
+    Args:
+        rows: number of output rows, `sum(length // 2)`, known to the packer, so that the host never waits for the device.
+
+    Raises:
+        ValueError: if `hidden` requires gradients: the op is forward only.
+    """
+    if hidden.requires_grad and torch.is_grad_enabled():
+        raise ValueError("pool_norm_downsample is forward only: the encoder is frozen; use the reference to train it")
+    select_backend(hidden.device)
+    first = _source_rows(cu_seqlens, rows)
+    pooled = hidden.index_select(0, first).add_(hidden.index_select(0, first + 1)).mul_(0.5)
+    return torch.nn.functional.layer_norm(pooled, weight.shape, weight, bias, eps)
+
+
+def _source_rows(cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:
+    """First input row of each output row, `[rows]` int64, without reading anything back to the host."""
+    starts, pooled = cu_seqlens[:-1].long(), cu_seqlens.diff().long() // 2
+    # Output row o of a segment whose outputs begin at p reads input row start + 2 (o - p).
+    shift = torch.repeat_interleave(starts - 2 * (pooled.cumsum(0) - pooled), pooled, output_size=rows)
+    return shift + 2 * torch.arange(rows, device=cu_seqlens.device)

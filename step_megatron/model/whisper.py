@@ -1,0 +1,228 @@
+"""Whisper-shaped encoder weights from the files they come in, renamed to the released Step-Audio names.
+
+    CTranslate2    `model.bin` (whisper-base and its kin), read by `CTranslate2File`
+    safetensors    under Hugging Face names (WhisperEncoder, Qwen2AudioEncoder) or released names, one file or several
+
+Nothing is executed or unpickled; every length is checked against the file.
+
+Source of the CTranslate2 layout: its `model_spec.py` (binary version 6): little-endian counts, NUL-terminated strings with a 16-bit
+length, tensors as (name, rank, dimensions, type, bytes), then pairs of aliases.
+"""
+
+import math
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from step_megatron.config.schema import EncoderConfig
+
+_CTRANSLATE2_VERSION = 6
+_CTRANSLATE2_TYPES = {
+    0: torch.float32,
+    1: torch.int8,
+    2: torch.int16,
+    3: torch.int32,
+    4: torch.float16,
+    5: torch.bfloat16,
+}
+
+# Hugging Face name -> released name. Both WhisperEncoder and Qwen2AudioEncoder; the norms' names are traps.
+_HUGGINGFACE = (
+    (r"embed_positions\.weight", r"positional_embedding.weight"),
+    (r"layer_norm\.(\w+)", r"after_norm.\1"),
+    (r"layers\.(\d+)\.self_attn_layer_norm\.(\w+)", r"blocks.\1.attn_ln.\2"),
+    (r"layers\.(\d+)\.final_layer_norm\.(\w+)", r"blocks.\1.mlp_ln.\2"),
+    (r"layers\.(\d+)\.self_attn\.q_proj\.(\w+)", r"blocks.\1.attn.query.\2"),
+    (r"layers\.(\d+)\.self_attn\.k_proj\.(\w+)", r"blocks.\1.attn.key.\2"),
+    (r"layers\.(\d+)\.self_attn\.v_proj\.(\w+)", r"blocks.\1.attn.value.\2"),
+    (r"layers\.(\d+)\.self_attn\.out_proj\.(\w+)", r"blocks.\1.attn.out.\2"),
+    (r"layers\.(\d+)\.fc1\.(\w+)", r"blocks.\1.mlp.0.\2"),
+    (r"layers\.(\d+)\.fc2\.(\w+)", r"blocks.\1.mlp.2.\2"),
+    (r"(conv[12]\.\w+)", r"\1"),
+)
+_PREFIXES = ("model.encoder.", "audio_tower.", "model.audio_tower.", "encoder.", "")
+
+
+def sinusoids(positions: int, width: int) -> torch.Tensor:
+    """Whisper's position table, `[positions, width]` float32: sines in the first half, cosines in the second."""
+    steps = torch.arange(width // 2, dtype=torch.float64) * (math.log(10000) / max(width // 2 - 1, 1))
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * torch.exp(-steps)
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2)).float()
+
+
+def from_huggingface(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename a WhisperEncoder's or Qwen2AudioEncoder's state dict (no prefix) to released names.
+
+    Raises:
+        ValueError: for a name that is not the encoder's.
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, target in _HUGGINGFACE:
+            if match := re.fullmatch(pattern, name):
+                renamed[match.expand(target)] = tensor
+                break
+        else:
+            raise ValueError(f"{name} is not a tensor of a WhisperEncoder or Qwen2AudioEncoder")
+    return renamed
+
+
+def from_ctranslate2(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename the `encoder/` tensors of a CTranslate2 Whisper model, as float32.
+
+    Raises:
+        ValueError: if the stacked projection has a bias for the keys (Whisper has none), or tensors are missing or quantised.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dim() and not tensor.is_floating_point():
+            raise ValueError(f"{name} is quantised ({tensor.dtype}); convert the model with --quantization float16 or float32")
+    take = {name.removeprefix("encoder/"): tensor.float() for name, tensor in tensors.items()}
+    state = {"positional_embedding.weight": take["position_encodings/encodings"]}
+    state |= {f"{conv}.{part}": take[f"{conv}/{part}"] for conv in ("conv1", "conv2") for part in ("weight", "bias")}
+
+    def norm(target: str, source: str) -> None:
+        state[f"{target}.weight"], state[f"{target}.bias"] = take[f"{source}/gamma"], take[f"{source}/beta"]
+
+    norm("after_norm", "layer_norm")
+    layers = {match[1] for name in take if (match := re.match(r"layer_(\d+)/", name))}
+    for layer in sorted(layers, key=int):
+        block, source = f"blocks.{layer}", f"layer_{layer}"
+        norm(f"{block}.attn_ln", f"{source}/self_attention/layer_norm")
+        norm(f"{block}.mlp_ln", f"{source}/ffn/layer_norm")
+        stacked = {part: take[f"{source}/self_attention/linear_0/{part}"].chunk(3) for part in ("weight", "bias")}
+        if stacked["bias"][1].any():
+            raise ValueError(
+                f"encoder/{source}/self_attention/linear_0/bias: the keys have a bias, so this is not a Whisper encoder"
+            )
+        for index, projection in enumerate(("query", "key", "value")):
+            state[f"{block}.attn.{projection}.weight"] = stacked["weight"][index]
+            if projection != "key":
+                state[f"{block}.attn.{projection}.bias"] = stacked["bias"][index]
+        for target, origin in (("attn.out", "self_attention/linear_1"), ("mlp.0", "ffn/linear_0"), ("mlp.2", "ffn/linear_1")):
+            for part in ("weight", "bias"):
+                state[f"{block}.{target}.{part}"] = take[f"{source}/{origin}/{part}"]
+    return state
+
+
+class CTranslate2File:
+    """Reader of one CTranslate2 `model.bin`; `tensors(prefix)` reads only what it is asked for.
+
+    Raises:
+        ValueError: with file and byte offset, if the file is truncated, of another version, or inconsistent.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.size = path, path.stat().st_size
+
+    def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """Read the tensors whose names begin with `prefix`, in their stored types."""
+        found: dict[str, torch.Tensor] = {}
+        with self.path.open("rb") as stream:
+            version = self._number(stream, "I")
+            if version != _CTRANSLATE2_VERSION:
+                raise self._error(
+                    stream, f"format version {version}, expected {_CTRANSLATE2_VERSION}: is it a CTranslate2 model?"
+                )
+            self._string(stream)
+            self._number(stream, "I")
+            for _ in range(self._number(stream, "I")):
+                name = self._string(stream)
+                shape = [self._number(stream, "I") for _ in range(self._number(stream, "B"))]
+                kind, size = self._number(stream, "B"), self._number(stream, "I")
+                dtype = _CTRANSLATE2_TYPES.get(kind)
+                if dtype is None or size != math.prod(shape) * dtype.itemsize:
+                    raise self._error(stream, f"{name}: {size} bytes do not hold {shape} of type {kind}")
+                if name in found:
+                    raise self._error(stream, f"{name} occurs twice")
+                if not name.startswith(prefix):
+                    self._skip(stream, size)
+                elif size:
+                    found[name] = torch.frombuffer(bytearray(self._bytes(stream, size)), dtype=dtype).view(shape)
+        if not found:
+            raise ValueError(f"{self.path}: no tensor is called {prefix}*; is it a Whisper model?")
+        return found
+
+    def _error(self, stream: BinaryIO, message: str) -> ValueError:
+        return ValueError(f"{self.path}, byte {stream.tell()}: {message}")
+
+    def _bytes(self, stream: BinaryIO, size: int) -> bytes:
+        if stream.tell() + size > self.size:
+            raise self._error(
+                stream, f"{size} bytes expected, {self.size - stream.tell()} left: the file is truncated, fetch it again"
+            )
+        return stream.read(size)
+
+    def _skip(self, stream: BinaryIO, size: int) -> None:
+        if stream.tell() + size > self.size:
+            raise self._error(
+                stream, f"{size} bytes expected, {self.size - stream.tell()} left: the file is truncated, fetch it again"
+            )
+        stream.seek(size, 1)
+
+    def _number(self, stream: BinaryIO, code: str) -> int:
+        return struct.unpack(f"<{code}", self._bytes(stream, struct.calcsize(f"<{code}")))[0]
+
+    def _string(self, stream: BinaryIO) -> str:
+        raw = self._bytes(stream, self._number(stream, "H"))
+        try:
+            return raw.removesuffix(b"\0").decode("ascii")
+        except UnicodeDecodeError:
+            raise self._error(stream, f"{raw[:40]!r} is not a name: is it a CTranslate2 model?") from None
+
+
+def read_encoder_weights(directory: Path, config: EncoderConfig) -> dict[str, torch.Tensor]:
+    """Read the encoder's weights from `directory` under released names, checked against `config`.
+
+    Raises:
+        ValueError: if there are no weights, tensors are missing, or a size differs (names file, setting and both values).
+    """
+    source = directory / "model.bin"
+    if source.is_file():
+        state = from_ctranslate2(CTranslate2File(source).tensors("encoder/"))
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise ValueError(
+                f"encoder.weights: {directory} holds neither model.bin nor *.safetensors; run `step-megatron data fetch`"
+            )
+        source, state = directory, _from_safetensors(files)
+    _check_sizes(source, state, config)
+    return state
+
+
+def _from_safetensors(files: list[Path]) -> dict[str, torch.Tensor]:
+    """Collect the encoder's tensors from one or more safetensors files, released or Hugging Face names, any usual prefix."""
+    from safetensors import safe_open
+
+    held: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as reader:
+            held |= dict.fromkeys(reader.keys(), file)
+    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}conv1.weight" in held), None)
+    if prefix is None:
+        raise ValueError(f"{files[0].parent}: no tensor is called [prefix]conv1.weight; is it an audio encoder?")
+    state = {}
+    for name, file in held.items():
+        if name.startswith(prefix):
+            with safe_open(file, framework="pt") as reader:
+                state[name.removeprefix(prefix)] = reader.get_tensor(name).float()
+    return state if "after_norm.weight" in state else from_huggingface(state)
+
+
+def _check_sizes(source: Path, state: Mapping[str, torch.Tensor], config: EncoderConfig) -> None:
+    layers = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    held = {
+        "mels": state["conv1.weight"].shape[1],
+        "width": state["conv1.weight"].shape[0],
+        "layers": layers,
+        "max_positions": state["positional_embedding.weight"].shape[0],
+    }
+    if layers:
+        held["ffn_width"] = state["blocks.0.mlp.0.weight"].shape[0]
+    for name, value in held.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"encoder.{name} is {getattr(config, name)}, but {source} holds {value}: set encoder.{name}={value}")
