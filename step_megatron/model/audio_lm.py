@@ -48,6 +48,7 @@ class AudioLanguageModel(MegatronModule):
         self.share_embeddings_and_output_weights = config.model.tie_embeddings
         device = next(self.language_model.parameters()).device
         self.rotary = RotaryTable(transformer.kv_channels, config.model.max_positions, config.model.rotary_base, device)
+        self.encoder_width = config.encoder.width
         if self.pre_process:
             # The adaptor is whole on every tensor-parallel rank, so all draw it alike, without disturbing the run's generators.
             with torch.random.fork_rng(devices=[]):
@@ -85,28 +86,19 @@ class AudioLanguageModel(MegatronModule):
     def embed(self, batch: ModelBatch) -> torch.Tensor:
         """Decoder input of the first stage: embeddings with audio merged in, sliced, scattered; `[T_local (/ tp), 1, width]`."""
         embeddings = self.language_model.embedding(input_ids=batch.tokens, position_ids=None).squeeze(1)
-        if batch.audio_features is not None and batch.encoder_frames:
-            features = batch.audio_features.to(self.config.params_dtype)
-            audio = self.adaptor(features, batch.encoder_frames)
-            embeddings = merge_audio_embeddings(embeddings, audio.to(embeddings.dtype), batch.audio_positions)
-        elif torch.is_grad_enabled():
-            embeddings = embeddings + self._zero_from_adaptor(embeddings.dtype)
+        features, positions = batch.audio_features, batch.audio_positions
+        if features is None:
+            # Distributed data parallelism waits for every parameter's gradient: a text-only micro-batch gives the adaptor zeros.
+            features = embeddings.new_empty(0, self.encoder_width)
+            positions = batch.tokens.new_empty(0)
+        audio = self.adaptor(features, batch.encoder_frames)
+        embeddings = merge_audio_embeddings(embeddings, audio.to(embeddings.dtype), positions)
         if batch.packed.cp_index is not None:
             embeddings = embeddings.index_select(0, batch.packed.cp_index)
         embeddings = embeddings.unsqueeze(1)
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.tp_group)
         return self._keep_gradient(embeddings)
-
-    def _zero_from_adaptor(self, dtype: torch.dtype) -> torch.Tensor:
-        """A zero that depends on every trained parameter of the adaptor.
-
-        Distributed data parallelism waits for the gradient of every parameter, so a text-only micro-batch has to give zeros.
-        """
-        trained = [parameter for parameter in self.adaptor.parameters() if parameter.requires_grad]
-        return sum((parameter.flatten()[0] * 0 for parameter in trained), torch.zeros((), device=self.rotary.cos.device)).to(
-            dtype
-        )
 
     def _keep_gradient(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Let gradients start at frozen embeddings: full recomputation and pipeline stages find trained layers by their input."""

@@ -1,7 +1,7 @@
 """Names and tensor-parallel shards of the decoder's parameters, and their values at the start of training.
 
-A parameter has one *full name* in every layout: that of the torch layers in a model of one stage, with the layer's number over the
-whole model. Values at the start are drawn per full name, so that every layout starts from the same model.
+A parameter has one *full name* in every layout: that of the torch layers in a model of one stage, with the layer's number over
+the whole model. Values at the start are drawn per full name, so that every layout starts from the same model.
 """
 
 import re
@@ -37,7 +37,7 @@ def cut_dimension(name: str) -> int | None:
 
 
 def shard(name: str, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """Rank `rank`'s part of a full parameter. Gate and up halves of `linear_fc1` are cut separately, so that each rank has both."""
+    """Rank `rank`'s part of a full parameter; gate and up halves of `linear_fc1` are cut separately, so each rank has both."""
     dimension = cut_dimension(name)
     if dimension is None or size == 1:
         return full
@@ -77,8 +77,8 @@ def full_names(model: torch.nn.Module) -> dict[str, str]:
 def initialize(language_model: torch.nn.Module, seed: int) -> None:
     """Set the weights of one decoder chunk: normal with Megatron's `init_method_std`, zero biases, unit norms.
 
-    Projections back into the residual stream have the standard deviation `init_method_std / sqrt(2 * num_layers)`, as in GPT-2 and
-    Megatron. Every parameter has a generator of its own, seeded by its full name. Parameters on the meta device are left alone.
+    Projections back into the residual stream have the standard deviation `init_method_std / sqrt(2 * num_layers)`, as in GPT-2
+    and Megatron. Every parameter has a generator of its own, seeded by its full name. Parameters on the meta device are skipped.
     """
     config = language_model.config
     rank, size = parallel_state.get_tensor_model_parallel_rank(), config.tensor_model_parallel_size
