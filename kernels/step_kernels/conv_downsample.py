@@ -46,7 +46,7 @@ def conv_downsample_gelu(
     """
     select_backend(x.device)
     taps = downsample_taps(cu_seqlens, rows)
-    columns = pad(x, (0, 0, 1, 0)).index_select(0, taps.view(-1)).view(rows, -1)
+    columns = pad(x, (0, 0, 1, 0)).index_select(0, taps.flatten()).view(rows, 3 * x.shape[1])
     return gelu(linear(columns, weight.transpose(1, 2).reshape(weight.shape[0], -1), bias))
 
 
