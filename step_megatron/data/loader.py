@@ -1,0 +1,243 @@
+"""The mixture loader: sources -> plan -> the packed micro-batches of one data-parallel rank, resumable to the bit.
+
+Every rank validates the sources once, then makes the same plan from the seed and the position alone and assembles only its own
+micro-batches. The plan of a step does not depend on the number of data-parallel ranks, so a run may be resumed on another number.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from step_megatron.audio.geometry import ChunkFrames, chunk_frames, chunk_lengths
+from step_megatron.config.schema import Config
+from step_megatron.data.micro_batch import MicroBatch, Padding, assemble, drop_failed
+from step_megatron.data.mixture import Mixture, Source
+from step_megatron.data.packing import decoder_cost, longest_first, plan_window, round_up
+from step_megatron.data.sources import DataError, TrainingSources
+from step_megatron.data.template import TokenizedSample, render
+from step_megatron.data.tokenizer import Tokenizer
+from step_megatron.runtime.progress import get_logger
+
+__all__ = ["DataError", "MicroBatch", "MixtureLoader", "drop_failed"]
+
+TOO_LONG = "longer than a micro-batch"
+NOT_TRAINED = "no trained token"
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A sample of the plan: where it is (source, index), the window in which it was drawn, and what it renders to."""
+
+    source: int
+    index: int
+    window: int
+    sample: TokenizedSample
+
+    @property
+    def place(self) -> list[int]:
+        return [self.source, self.index, self.window]
+
+
+class MixtureLoader:
+    """Micro-batches for one data-parallel rank.
+
+    Args:
+        config: `data`, `tokenizer.template`, `adaptor.kind`, `run.seed`, `training.micro_batches_per_step`, the parallel sizes.
+        tokenizer: encodes the text.
+        index: the audio index: address -> an object with `num_samples` (16 kHz); KeyError for a clip that is quarantined. None if
+            no source has audio.
+        dp_rank, dp_size: data-parallel position.
+        pin_memory: put the tensors into pinned memory.
+
+    Attributes:
+        source_names: names of the sources, in order.
+        mixture: what was drawn so far (`mixture.tokens`, `mixture.epochs()`).
+        quarantined, dropped: samples that are left out, by id with reason and remedy, and counted by reason.
+
+    Raises:
+        SchemaError: a source's file has a bad line.
+        DataError: too many clips are not in the index, audio without an index, or sizes that do not fit.
+        ValueError: the mixture or the parallel layout is not sound.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        index: Mapping[str, Any] | None,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        pin_memory: bool = False,
+    ):
+        self.bins_per_step = config.training.micro_batches_per_step
+        if self.bins_per_step < 1 or self.bins_per_step % dp_size:
+            raise DataError(
+                f"training.micro_batches_per_step is {self.bins_per_step}; make it a multiple of {dp_size} data-parallel ranks"
+            )
+        self.tokenizer, self.index, self.dp_rank, self.dp_size = tokenizer, index, dp_rank, dp_size
+        self.template, self.adaptor, self.pin = config.tokenizer.template, config.adaptor.kind, pin_memory
+        self.window_size, self.seed = max(1, config.data.packing_window), config.run.seed
+        self.padding = _padding(config)
+        self.budget = config.data.tokens_per_micro_batch // self.padding.row_multiple * self.padding.row_multiple
+        self.break_even = _break_even(config.megatron.transformer)
+        configured = config.data.sources
+        has_tokens = None if index is None else self._has_tokens
+        self.sources = TrainingSources(configured, config.data.index, has_tokens, config.data.quarantine_limit)
+        self.mixture = Mixture([Source(s.name, s.weight, self.sources.size(i)) for i, s in enumerate(configured)], self.seed)
+        self.source_names = tuple(source.name for source in configured)
+        self.quarantined, self.dropped = self.sources.quarantined, self.sources.dropped
+        for reason, count in self.dropped.items():
+            _log.info("data: %d samples left out: %s", count, reason)
+        self._window = 0
+        self._waiting: list[_Drawn] = []
+        self._steps: list[list[list[_Drawn]]] = []
+
+    def next_step(self) -> list[MicroBatch]:
+        """This rank's micro-batches of the next step, `micro_batches_per_step / dp_size` of them, each with a trained token.
+
+        Raises:
+            DataError: a source has no sample that fits.
+        """
+        while not self._steps:
+            self._plan()
+        step = self._steps.pop(0)
+        costs = [decoder_cost([len(item.sample.input_ids) for item in items], self.break_even) for items in step]
+        return [self._assemble(step[i]) for i in longest_first(costs, self.dp_size)[self.dp_rank]]
+
+    def clip_tokens(self, address: str) -> list[int]:
+        """Placeholders of every chunk of an indexed clip.
+
+        Raises:
+            KeyError: the clip is not in the index.
+        """
+        return [frames.tokens for frames in self.clip_frames(address)]
+
+    def clip_frames(self, address: str) -> list[ChunkFrames]:
+        """Lengths of every chunk of an indexed clip; raises as `clip_tokens`."""
+        return [chunk_frames(samples, self.adaptor) for samples in chunk_lengths(self.index[address].num_samples)]
+
+    def _has_tokens(self, address: str) -> bool:
+        try:
+            return bool(self.clip_frames(address))
+        except KeyError:
+            return False
+
+    def _assemble(self, items: list[_Drawn]) -> MicroBatch:
+        names = [self.source_names[item.source] for item in items]
+        batch = assemble([item.sample for item in items], names, self.clip_frames, self.padding, self.tokenizer.pad_id)
+        return batch.pin_memory() if self.pin else batch
+
+    def _plan(self) -> None:
+        """Draw a window beside the samples that wait, and plan as many whole steps as it fills."""
+        drawn = self._waiting + [self._draw() for _ in range(self.window_size)]
+        lengths = [self._length(item.sample) for item in drawn]
+        ages = [item.window for item in drawn]
+        plan = plan_window(lengths, ages, self.budget, self.bins_per_step, (self.seed, self._window))
+        self._waiting = [drawn[i] for i in plan.waiting]
+        self._steps = [[[drawn[i] for i in items] for items in step] for step in plan.steps]
+        self._window += 1
+
+    def _draw(self) -> _Drawn:
+        """The mixture's next sample that can be trained on."""
+        source = self.mixture.choose()
+        # The only usable sample of a source may come first in one epoch and last in the next.
+        for _ in range(2 * self.mixture.sources[source].size):
+            index = self.mixture.advance(source)
+            sample = self._render(source, index)
+            if self._fits(sample):
+                self.mixture.credit(source, sample.trained_tokens)
+                return _Drawn(source, index, self._window, sample)
+        raise DataError(
+            f"data.sources: no sample of {self.source_names[source]!r} has a trained token and at most {self.budget} tokens; "
+            "raise data.tokens_per_micro_batch or remove the source"
+        )
+
+    def _render(self, source: int, index: int) -> TokenizedSample:
+        return render(self.sources.conversation(source, index), self.tokenizer, self.clip_tokens, self.template)
+
+    def _length(self, sample: TokenizedSample) -> int:
+        return round_up(len(sample.input_ids), self.padding.segment_multiple)
+
+    def _fits(self, sample: TokenizedSample) -> bool:
+        """Whether a sample can be trained on; if not it is left out by name."""
+        if self._length(sample) > self.budget:
+            reason = f"{TOO_LONG}: {self._length(sample)} tokens, budget {self.budget}"
+            self.sources.leave_out(sample.id, reason, "raise data.tokens_per_micro_batch or split the conversation")
+        elif sample.trained_tokens == 0:
+            self.sources.leave_out(sample.id, NOT_TRAINED, "give it an assistant turn with train, or remove it")
+        else:
+            return True
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position as JSON values: the mixture's, the planned steps and what waits; the same on every rank."""
+        return {
+            "settings": self._settings(),
+            "sources": [[source.name, source.size] for source in self.mixture.sources],
+            "mixture": self.mixture.state_dict(),
+            "window": self._window,
+            "waiting": [item.place for item in self._waiting],
+            "steps": [[[item.place for item in items] for items in step] for step in self._steps],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved position: the following batches are those that would have followed.
+
+        With another budget, step size or context-parallel size the samples still come in the same order, none lost or doubled,
+        but what was already planned is packed anew.
+
+        Raises:
+            DataError: the sources or the seed are others, so that there is no such position.
+        """
+        here = ([[source.name, source.size] for source in self.mixture.sources], self.seed)
+        saved = ([list(source) for source in state["sources"]], state["settings"]["seed"])
+        if saved != here:
+            raise DataError(
+                f"the saved position has sources {saved[0]} and seed {saved[1]}, this run has {here[0]} and {here[1]}; "
+                "restore data.sources and run.seed, or start a new run from the weights"
+            )
+        self.mixture.load_state_dict(state["mixture"])
+        self._window = state["window"]
+        self._waiting = [self._restore(place) for place in state["waiting"]]
+        self._steps = [[[self._restore(place) for place in items] for items in step] for step in state["steps"]]
+        if state["settings"] != self._settings():
+            planned = [item for step in self._steps for items in step for item in items]
+            self._waiting = [item for item in self._waiting + planned if self._fits(item.sample)]
+            self._steps = []
+
+    def _settings(self) -> dict[str, int]:
+        """What a plan depends on beside the position."""
+        return {
+            "seed": self.seed,
+            "budget": self.budget,
+            "bins_per_step": self.bins_per_step,
+            "segment_multiple": self.padding.segment_multiple,
+        }
+
+    def _restore(self, place: list[int]) -> _Drawn:
+        source, index, window = place
+        return _Drawn(source, index, window, self._render(source, index))
+
+
+def _padding(config: Config) -> Padding:
+    """What the parallel layout needs, from Megatron's own settings."""
+    transformer = config.megatron.transformer
+    return Padding.for_layout(
+        tp=transformer.get("tensor_model_parallel_size", 1),
+        cp=transformer.get("context_parallel_size", 1),
+        vpp=transformer.get("virtual_pipeline_model_parallel_size") or 1,
+        sequence_parallel=transformer.get("sequence_parallel", False),
+        budget=config.data.tokens_per_micro_batch,
+    )
+
+
+def _break_even(transformer: Mapping[str, Any]) -> float:
+    """Weights of a decoder layer over its width, see `packing.decoder_cost`: query, key, value, output, the three of SwiGLU."""
+    width = transformer.get("hidden_size", 0)
+    if not width:
+        return float("inf")
+    heads = transformer.get("num_attention_heads") or 1
+    groups = transformer.get("num_query_groups") or heads
+    return 2 * width + 2 * width * groups / heads + 3 * (transformer.get("ffn_hidden_size") or 4 * width)
