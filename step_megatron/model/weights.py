@@ -74,6 +74,11 @@ def full_names(model: torch.nn.Module) -> dict[str, str]:
     return names
 
 
+def without_layer_number(name: str) -> str:
+    """The full name with `N` for the layer's number."""
+    return _LAYER.sub("N", name)
+
+
 def initialize(language_model: torch.nn.Module, seed: int) -> None:
     """Set the weights of one decoder chunk: normal with Megatron's `init_method_std`, zero biases, unit norms.
 
