@@ -1,7 +1,8 @@
 """What an encoded clip says of itself, read from a few bytes: format, rate, channels, frames; and whether it is cut short.
 
 A cut wav decodes short without a word, so its header is compared with the bytes that are there. Reading it here costs
-microseconds; only formats that are rare in practice go through soundfile's own probe."""
+microseconds; only formats that are rare in practice go through soundfile's own probe.
+"""
 
 import io
 import struct

@@ -2,7 +2,8 @@
 
 The sidecar `shard.tar.index` is JSON: the archive's size and modification time, then names, offsets and sizes of the regular
 members in archive order. It is built once, replaced atomically, and rebuilt when the archive's size or time differ. Where the
-folder is read-only the index lives in memory only."""
+folder is read-only the index lives in memory only.
+"""
 
 import functools
 import json

@@ -1,0 +1,314 @@
+"""The audio index: every clip decoded once beforehand, its length and content hash written down, every unusable clip named.
+
+`validate` writes two files of JSON lines:
+
+    index.jsonl       {"address", "sha256", "num_samples", "sample_rate", "channels", "duration", "format", "stamp"}
+    quarantine.jsonl  {"address", "kind", "reason", "stamp"}
+
+Addresses are relative to the folder of the index where that is possible, so a data set can be moved. `num_samples` is at 16 kHz,
+exactly what decoding returns: the packer counts tokens from it without touching audio. `stamp` is size and modification time of
+the file: a clip whose file did not change is not read again, which also makes an interrupted run resumable.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from step_megatron.audio.address import AudioAddress, parse_address
+from step_megatron.audio.errors import AudioError, QuarantineLimitExceeded
+from step_megatron.audio.front_end import DecodedClip, LogMelFrontEnd
+from step_megatron.audio.geometry import MIN_CHUNK_SAMPLES, SAMPLE_RATE
+from step_megatron.runtime.progress import Progress
+
+INDEX_NAME, QUARANTINE_NAME = "index.jsonl", "quarantine.jsonl"
+# Digital silence: no sample reaches one step of 16-bit PCM. A decoder's rounding may leave less, a microphone never does.
+_SILENCE = 1.0 / 32768
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """What the index knows of a clip.
+
+    Attributes:
+        address: relative to the index's folder where possible.
+        sha256: of the encoded bytes; the key of the encoded-audio cache.
+        num_samples: at 16 kHz, as `LogMelFrontEnd.decode` returns.
+        sample_rate, channels, format: of the source.
+        duration: seconds.
+        stamp: size and modification time (ns) of the file that holds the clip.
+    """
+
+    address: str
+    sha256: str
+    num_samples: int
+    sample_rate: int
+    channels: int
+    duration: float
+    format: str
+    stamp: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """Counts of one `validate` call, over the addresses it was given.
+
+    Attributes:
+        total, valid, quarantined: clips.
+        read: clips decoded now; the others were known and unchanged.
+        kinds: quarantined clips by kind of failure.
+        seconds: total duration of the valid clips.
+    """
+
+    total: int
+    valid: int
+    quarantined: int
+    read: int
+    kinds: dict[str, int]
+    seconds: float
+
+
+class AudioIndex:
+    """The index in memory; `index[address]` takes an `AudioAddress`, or text with a path relative to the index's folder."""
+
+    def __init__(self, folder: str | Path, clips: Iterable[ClipInfo], reasons: dict[str, str]):
+        self.folder = os.path.abspath(folder)
+        self._clips = {self._key(clip.address): clip for clip in clips}
+        self._reasons = {self._key(address): reason for address, reason in reasons.items()}
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AudioIndex":
+        """Read `index.jsonl` (or the folder that holds it) and the quarantine list beside it.
+
+        Raises:
+            FileNotFoundError: with the command that makes the index.
+            ValueError: for a damaged line, naming file and line.
+        """
+        path = Path(path)
+        path = path / INDEX_NAME if path.is_dir() else path
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no audio index; make it with `step-megatron data validate`")
+        clips = [_clip_info(entry) for entry in _read_lines(path)]
+        return cls(
+            path.parent, clips, {entry["address"]: entry["reason"] for entry in _read_lines(path.parent / QUARANTINE_NAME)}
+        )
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def __iter__(self) -> Iterator[ClipInfo]:
+        return iter(self._clips.values())
+
+    def __contains__(self, address: str | AudioAddress) -> bool:
+        return self._key(address) in self._clips
+
+    def __getitem__(self, address: str | AudioAddress) -> ClipInfo:
+        """Raises KeyError that says whether the clip is quarantined (and why) or was never validated."""
+        clip = self._clips.get(self._key(address))
+        if clip is None:
+            reason = self.reason(address)
+            hint = (
+                f"is quarantined ({reason})"
+                if reason
+                else "is not in the audio index; run `step-megatron data validate` over its data"
+            )
+            raise KeyError(f"{address} {hint}")
+        return clip
+
+    def reason(self, address: str | AudioAddress) -> str | None:
+        """Why a clip is quarantined; None when it is not."""
+        return self._reasons.get(self._key(address))
+
+    def resolve(self, address: str | AudioAddress) -> AudioAddress:
+        """The address with an absolute path, ready to read."""
+        return parse_address(str(address), self.folder)
+
+    def _key(self, address: str | AudioAddress) -> str:
+        return os.path.normpath(os.path.join(self.folder, str(address)))
+
+
+def validate(
+    addresses: Iterable[str | AudioAddress],
+    out_dir: str | Path,
+    root: str | Path = ".",
+    quarantine_limit: float = 0.01,
+    max_seconds: float = 600.0,
+    threads: int = 0,
+) -> ValidationReport:
+    """Decode every clip once, and write the index and the quarantine list. Interrupt it and run it again as you like.
+
+    Quarantined are clips that are missing, unreadable, empty, corrupt, truncated, silent (no sample of the first channel reaches
+    one step of 16-bit PCM), too short for one token (320 samples or fewer), or longer than `max_seconds`. Any rate, channel count
+    or sample width is right.
+
+    Args:
+        addresses: clips; a relative path is taken from `root`.
+        out_dir: folder of `index.jsonl` and `quarantine.jsonl`; clips of earlier calls stay in them.
+        quarantine_limit: share of `addresses` that may be unusable.
+        threads: readers and decoders; 0 is every core.
+
+    Raises:
+        QuarantineLimitExceeded: after everything is written, when the share is above the limit.
+        ValueError: for a malformed address.
+    """
+    threads = threads or len(os.sched_getaffinity(0))
+    out_dir = Path(os.path.abspath(out_dir))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    wanted = {_relative(address, root, out_dir): None for address in addresses}
+    clips, quarantined = _known(out_dir, wanted, max_seconds)
+    missing = [address for address in wanted if address not in clips and address not in quarantined]
+    # Written whole before anything is appended: an interrupted run may have left half a line.
+    _replace(out_dir / INDEX_NAME, clips.values())
+    _replace(out_dir / QUARANTINE_NAME, quarantined.values())
+    front_end = LogMelFrontEnd(mels=80, threads=threads, max_seconds=max_seconds)
+    with open(out_dir / INDEX_NAME, "a") as index, open(out_dir / QUARANTINE_NAME, "a") as quarantine:
+        for address, outcome in _examine(missing, out_dir, front_end, threads):
+            known, file = (clips, index) if isinstance(outcome, ClipInfo) else (quarantined, quarantine)
+            known[address] = asdict(outcome) if isinstance(outcome, ClipInfo) else outcome
+            file.write(json.dumps(known[address], ensure_ascii=False) + "\n")
+    _replace(out_dir / INDEX_NAME, clips.values())
+    _replace(out_dir / QUARANTINE_NAME, quarantined.values())
+    bad = [quarantined[address] for address in wanted if address in quarantined]
+    report = ValidationReport(
+        total=len(wanted),
+        valid=len(wanted) - len(bad),
+        quarantined=len(bad),
+        read=len(missing),
+        kinds=dict(Counter(entry["kind"] for entry in bad).most_common()),
+        seconds=sum(clips[address]["duration"] for address in wanted if address in clips),
+    )
+    if len(bad) > quarantine_limit * len(wanted):
+        raise QuarantineLimitExceeded(_limit_message(report, bad, quarantine_limit, out_dir))
+    return report
+
+
+def _relative(address: str | AudioAddress, root: str | Path, out_dir: Path) -> str:
+    """The address as the index writes it: relative to the index's folder for what lies under it, else absolute."""
+    text = str(parse_address(str(address), os.path.abspath(root)))
+    return os.path.relpath(text, out_dir) if text.startswith(str(out_dir) + os.sep) else text
+
+
+def _known(out_dir: Path, wanted: dict[str, None], max_seconds: float) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Entries of earlier runs that still hold: of unchanged files, and of clips that this call does not ask about."""
+    clips = {entry["address"]: entry for entry in _read_lines(out_dir / INDEX_NAME, torn_tail=True)}
+    quarantined = {entry["address"]: entry for entry in _read_lines(out_dir / QUARANTINE_NAME, torn_tail=True)}
+    for address in wanted:
+        entry = clips.get(address) or quarantined.get(address)
+        if (
+            entry is None
+            or _may_differ(entry, max_seconds)
+            or _stamp(parse_address(address, out_dir)) != _as_stamp(entry["stamp"])
+        ):
+            clips.pop(address, None)
+            quarantined.pop(address, None)
+    return clips, quarantined
+
+
+def _may_differ(entry: dict, max_seconds: float) -> bool:
+    """Whether a clip of an unchanged file must be looked at again: the length limit or its permissions may have changed."""
+    return entry.get("kind") in ("too-long", "unreadable") or entry.get("duration", 0.0) > max_seconds
+
+
+def _examine(
+    addresses: list[str], out_dir: Path, front_end: LogMelFrontEnd, threads: int
+) -> Iterator[tuple[str, ClipInfo | dict]]:
+    """Decode clips batch by batch; the next batch is read and hashed while this one is decoded."""
+    batches = [addresses[i : i + _BATCH] for i in range(0, len(addresses), _BATCH)]
+    with ThreadPoolExecutor(threads) as readers, Progress(len(addresses), "validate", "clips") as progress:
+        ahead = [readers.submit(_read_and_hash, parse_address(address, out_dir)) for address in (batches[0] if batches else [])]
+        for number, batch in enumerate(batches):
+            contents = [future.result() for future in ahead]
+            following = batches[number + 1] if number + 1 < len(batches) else []
+            ahead = [readers.submit(_read_and_hash, parse_address(address, out_dir)) for address in following]
+            readable = [i for i, (data, _, _) in enumerate(contents) if not isinstance(data, AudioError)]
+            decoded = front_end.decode([contents[i][0] for i in readable], [parse_address(batch[i]).name for i in readable])
+            outcomes: dict[int, DecodedClip | AudioError] = dict(zip(readable, decoded, strict=True))
+            for i, address in enumerate(batch):
+                data, sha256, stamp = contents[i]
+                yield address, _judge(address, outcomes.get(i, data), sha256, stamp)
+            progress.update(len(batch))
+
+
+def _read_and_hash(address: AudioAddress) -> tuple[bytes | AudioError, str, tuple[int, int] | None]:
+    stamp = _stamp(address)
+    try:
+        data = address.read()
+    except AudioError as error:
+        return error, "", stamp
+    return data, hashlib.sha256(data).hexdigest(), stamp
+
+
+def _judge(address: str, outcome: DecodedClip | AudioError, sha256: str, stamp: tuple[int, int] | None) -> ClipInfo | dict:
+    """The index entry of a good clip, or the quarantine entry of a bad one."""
+    error = outcome if isinstance(outcome, AudioError) else _content_error(outcome.waveform, outcome.channels)
+    if error is not None:
+        return {"address": address, "kind": error.kind, "reason": str(error), "stamp": stamp}
+    samples = len(outcome.waveform)
+    return ClipInfo(address, sha256, samples, outcome.sample_rate, outcome.channels, samples / SAMPLE_RATE, outcome.format, stamp)
+
+
+def _content_error(waveform: np.ndarray, channels: int) -> AudioError | None:
+    """What is wrong with a waveform that decoded well."""
+    if len(waveform) < MIN_CHUNK_SAMPLES:
+        return AudioError("too-short", f"{len(waveform)} samples at 16 kHz; one token needs {MIN_CHUNK_SAMPLES}")
+    if np.abs(waveform).max() < _SILENCE:
+        return AudioError("silent", "digital silence" + (f" in the first of {channels} channels" if channels > 1 else ""))
+    return None
+
+
+def _stamp(address: AudioAddress) -> tuple[int, int] | None:
+    try:
+        return address.stamp()
+    except AudioError:
+        return None
+
+
+def _as_stamp(stamp: list[int] | None) -> tuple[int, int] | None:
+    return None if stamp is None else (stamp[0], stamp[1])
+
+
+def _clip_info(entry: dict) -> ClipInfo:
+    return ClipInfo(**entry | {"stamp": _as_stamp(entry["stamp"])})
+
+
+def _read_lines(path: Path, torn_tail: bool = False) -> list[dict]:
+    """JSON lines of a file, none when it does not exist; `torn_tail` forgives a last line that an interrupted run cut."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                entries.append(json.loads(line))
+        except ValueError as error:
+            if torn_tail and number >= len(lines) - 1:
+                break
+            raise ValueError(f"{path}, line {number}: not JSON ({error}); delete the file and validate again") from error
+    return entries
+
+
+def _replace(path: Path, entries: Iterable[dict]) -> None:
+    """Write a file whole, atomically: one line for each entry."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    os.replace(temporary, path)
+
+
+def _limit_message(report: ValidationReport, bad: list[dict], limit: float, out_dir: Path) -> str:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in report.kinds.items())
+    worst = [next(entry for entry in bad if entry["kind"] == kind) for kind in list(report.kinds)[:5]]
+    share = f"{report.quarantined} of {report.total} clips ({report.quarantined / report.total:.1%}) are unusable"
+    return "\n".join(
+        [f"{share}, the limit is {limit:.1%} (data.quarantine_limit): {kinds}. For example:"]
+        + [f"  {entry['address']}: {entry['reason']}" for entry in worst]
+        + [f"All of them: {out_dir / QUARANTINE_NAME}"]
+    )
