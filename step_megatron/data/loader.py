@@ -134,7 +134,8 @@ class MixtureLoader:
         drawn = self._waiting + [self._draw() for _ in range(self.window_size)]
         lengths = [self._length(item.sample) for item in drawn]
         ages = [item.window for item in drawn]
-        plan = plan_window(lengths, ages, self.budget, self.bins_per_step, (self.seed, self._window))
+        trained = [item.sample.trained_tokens for item in drawn]
+        plan = plan_window(lengths, ages, trained, self.budget, self.bins_per_step)
         self._waiting = [drawn[i] for i in plan.waiting]
         self._steps = [[[drawn[i] for i in items] for items in step] for step in plan.steps]
         self._window += 1

@@ -8,8 +8,6 @@ rank getting the same number, since a step is as slow as its slowest rank and pi
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from step_megatron.data.mixture import shuffled
-
 
 def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Pack items into bins: longest first, each into the first bin with room.
@@ -50,25 +48,25 @@ class WindowPlan:
 
 
 def plan_window(
-    lengths: Sequence[int], ages: Sequence[int], budget: int, bins_per_step: int, entropy: Sequence[int]
+    lengths: Sequence[int], ages: Sequence[int], weights: Sequence[int], budget: int, bins_per_step: int
 ) -> WindowPlan:
     """Pack a window and cut it into whole steps.
 
-    Bins that hold the oldest items go first, then the fullest, so no item waits for ever and what waits is the least full. Those
-    that go are shuffled: first-fit-decreasing would otherwise put the long samples into the first steps.
+    Bins that hold the oldest items go first, then the fullest, so no item waits for ever and what waits is the least full. First-
+    fit-decreasing puts the short items, which are mostly target, into the same bins: those that go are therefore dealt out to the
+    steps by `weights`, so that the steps are alike.
 
     Args:
         lengths: tokens of each item.
         ages: the window in which each item was drawn; smaller is older.
-        entropy: seeds the shuffle.
+        weights: trained tokens of each item.
     """
     bins = first_fit_decreasing(lengths, budget)
     bins.sort(key=lambda items: (min(ages[i] for i in items), -sum(lengths[i] for i in items), items[0]))
-    going = len(bins) // bins_per_step * bins_per_step
-    waiting = sorted(item for items in bins[going:] for item in items)
-    order = [bins[i] for i in shuffled(going, *entropy)]
-    steps = [order[start : start + bins_per_step] for start in range(0, going, bins_per_step)]
-    return WindowPlan(steps, waiting)
+    count = len(bins) // bins_per_step
+    going, left = bins[: count * bins_per_step], bins[count * bins_per_step :]
+    dealt = longest_first([sum(weights[i] for i in items) for items in going], count) if count else []
+    return WindowPlan([[going[i] for i in step] for step in dealt], sorted(item for items in left for item in items))
 
 
 def longest_first(costs: Sequence[float], ranks: int) -> list[list[int]]:
@@ -78,7 +76,7 @@ def longest_first(costs: Sequence[float], ranks: int) -> list[list[int]]:
         ValueError: the items cannot be shared out evenly.
     """
     if len(costs) % ranks:
-        raise ValueError(f"{len(costs)} micro-batches cannot be shared out evenly over {ranks} data-parallel ranks")
+        raise ValueError(f"{len(costs)} items cannot be shared out evenly over {ranks} ranks; make it a multiple")
     places = len(costs) // ranks
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0.0] * ranks
