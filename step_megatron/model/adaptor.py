@@ -3,8 +3,9 @@
     step      Conv1d(k 3, s 2, p 1) -> GELU -> Linear -> ReLU -> Linear     25 Hz -> 12.5 Hz, Step-Audio 2's
     linear    Linear                                                        25 Hz, Qwen2-Audio's projector
 
-Small (18 M parameters at 32B), so it is plain torch and replicated over tensor-parallel ranks. What the last convolution tap reads
-beyond a chunk's end is settled by the encoder (`compat`, see `step_megatron.model.encoder`): the frames given here are all there is.
+Small (18 M parameters at 32B), so it is plain torch and replicated over tensor-parallel ranks. What the last convolution tap
+reads beyond a chunk's end is settled by the encoder (`compat`, see `step_megatron.model.encoder`): the frames given here are all
+there is.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,18 @@ from step_kernels.segments import cumulative
 from torch import nn
 
 from step_megatron.config.schema import AdaptorConfig, EncoderConfig
+
+
+class PackedConv(nn.Conv1d):
+    """`Conv1d(k 3, s 2, p 1)` and GELU over packed chunks.
+
+    A module that is called, not only a holder of weights: Megatron's overlapped parameter gathering waits for a module's weights in
+    a hook before its forward, so weights that another module reads directly would still be those of the step before.
+    """
+
+    def forward(self, features: torch.Tensor, frames: Sequence[int], rows: int) -> torch.Tensor:
+        """`[sum(frames), width]` -> `[rows, width]`."""
+        return conv_downsample_gelu(features, cumulative(frames, features.device), self.weight, self.bias, rows)
 
 
 class AudioAdaptor(nn.Module):
@@ -37,7 +50,7 @@ class AudioAdaptor(nn.Module):
         if self.kind == "linear":
             self.linear = nn.Linear(encoder.width, out_width)
             return
-        self.conv = nn.Conv1d(encoder.width, encoder.width, 3, stride=2, padding=1)
+        self.conv = PackedConv(encoder.width, encoder.width, 3, stride=2, padding=1)
         self.linear1 = nn.Linear(encoder.width, config.width)
         self.linear2 = nn.Linear(config.width, out_width)
 
@@ -63,6 +76,5 @@ class AudioAdaptor(nn.Module):
         if self.kind == "linear":
             return self.linear(features.to(self.linear.weight.dtype))
         rows = sum(map(self.tokens_out, frames))
-        features = features.to(self.conv.weight.dtype)
-        hidden = conv_downsample_gelu(features, cumulative(frames, features.device), self.conv.weight, self.conv.bias, rows)
+        hidden = self.conv(features.to(self.conv.weight.dtype), frames, rows)
         return self.linear2(torch.relu(self.linear1(hidden)))

@@ -3,6 +3,9 @@
 Every field of `megatron.optimizer` and `megatron.ddp` is passed through to Megatron's dataclasses under its own name.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
@@ -27,6 +30,8 @@ def build_optimizer_config(megatron: MegatronConfig, transformer: TransformerCon
         raise ConfigError("megatron.optimizer.lr is not set; give the peak learning rate, for example 1e-4")
     if values["min_lr"] > values["lr"]:
         raise ConfigError(f"megatron.optimizer.min_lr={values['min_lr']} exceeds megatron.optimizer.lr={values['lr']}")
+    if values.get("optimizer", "adam") != "adam" and _shared(megatron)["use_distributed_optimizer"]:
+        raise ConfigError(f"megatron.optimizer.optimizer={values['optimizer']}: Megatron's distributed optimizer does Adam only")
     derived = {"bf16": transformer.bf16, "fp16": transformer.fp16, "params_dtype": transformer.params_dtype}
     return build_section(OptimizerConfig, values, "megatron.optimizer", **derived, **_shared(megatron))
 
@@ -85,3 +90,13 @@ def connect_gradients(transformer: TransformerConfig, model: list[DistributedDat
     if ddp.overlap_param_gather and ddp.align_param_gather:
         transformer.param_sync_func = [chunk.start_param_sync for chunk in model] if many else model[0].start_param_sync
 
+
+@contextmanager
+def settled_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
+    """Inside, every rank holds the parameters after the last update: with overlap they are gathered during the next forward pass."""
+    overlapped = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook()
+    yield
+    for chunk in overlapped:
+        chunk.enable_forward_pre_hook()

@@ -19,7 +19,9 @@ from step_megatron.config.load import ConfigError
 from step_megatron.config.schema import TrainingConfig
 
 
-def build_scheduler(training: TrainingConfig, optimizer_config: OptimizerConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+def build_scheduler(
+    training: TrainingConfig, optimizer_config: OptimizerConfig, optimizer: MegatronOptimizer
+) -> OptimizerParamScheduler:
     """Make the scheduler of a run; call `.step(1)` before each optimizer step, so that step s uses the value for s.
 
     Raises:

@@ -1,0 +1,177 @@
+"""Save and load checkpoints in Megatron's `torch_dist` layout, which any other parallel layout can read.
+
+    RUN/checkpoints/step_00000200/   one directory a checkpoint, complete or absent
+    RUN/checkpoints/latest           the name of the newest complete one
+
+A checkpoint is written into a temporary directory and renamed when every rank has finished, and only then does `latest` name it: an
+interrupted save leaves the previous checkpoint in place. It holds the model, the optimizer (moments and step count), the scheduler,
+the random state of each rank, the loader's position and the step.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from step_megatron.checkpoint.optimizer_state import metadata, optimizer_state, restore_optimizer
+from step_megatron.runtime import seeds
+
+LATEST = "latest"
+BACKEND = ("torch_dist", 1)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message says which and why."""
+
+
+def checkpoint_root(run_dir: str | Path) -> Path:
+    """The directory of a run that holds its checkpoints."""
+    return Path(run_dir) / "checkpoints"
+
+
+def latest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None when there is none yet.
+
+    Raises:
+        CheckpointError: `latest` names a directory that is gone.
+    """
+    root = checkpoint_root(run_dir)
+    pointer = root / LATEST
+    if not pointer.is_file():
+        return None
+    directory = root / pointer.read_text(encoding="utf-8").strip()
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{pointer}: names {directory.name}, which does not exist; write another step's directory name into it"
+        )
+    return directory
+
+
+def save_checkpoint(
+    run_dir: str | Path, step: int, model: list[torch.nn.Module], optimizer: Any, scheduler: Any, extra: dict[str, Any]
+) -> Path:
+    """Write one checkpoint; every rank calls this, with the same `step` and `extra`.
+
+    Args:
+        model: this rank's chunks, wrapped for data parallelism or not.
+        extra: what else the run needs to go on (loader position and the like), plain values, equal on all ranks.
+
+    Returns:
+        The checkpoint's directory.
+    """
+    root = checkpoint_root(run_dir)
+    final, temporary = root / f"step_{step:08d}", root / f".writing_step_{step:08d}"
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    torch.distributed.barrier()
+    weights = model_state(model)
+    state = {
+        **weights,
+        "optimizer": optimizer_state(optimizer, weights, is_loading=False),
+        "scheduler": scheduler.state_dict(),
+        "random": _random_shard(seeds.rng_state()),
+        "step": step,
+        "extra": extra,
+    }
+    dist_checkpointing.save(state, str(temporary), BACKEND)
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _point_to(root, final.name)
+    torch.distributed.barrier()
+    return final
+
+
+def load_checkpoint(
+    directory: str | Path, model: list[torch.nn.Module], optimizer: Any, scheduler: Any
+) -> tuple[int, dict[str, Any]]:
+    """Restore a run from a checkpoint, in this or another parallel layout; every rank calls this.
+
+    Random state is restored when the number of ranks is the one that saved it; with another number it keeps the run's seed (it only
+    matters for dropout).
+
+    Returns:
+        The step that the checkpoint holds, and `extra` as it was saved.
+    """
+    weights = model_state(model)
+    state = {
+        **weights,
+        "optimizer": optimizer_state(optimizer, weights, is_loading=True),
+        "scheduler": {},
+        "step": 0,
+        "extra": {},
+    }
+    same_ranks = _saved_ranks(directory) == torch.distributed.get_world_size()
+    if same_ranks:
+        state["random"] = _random_shard(None)
+    loaded = _load(state, directory)
+    _load_weights(model, loaded)
+    restore_optimizer(optimizer, loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+    if same_ranks:
+        seeds.load_rng_state(loaded["random"])
+    return loaded["step"], loaded["extra"]
+
+
+def load_model_weights(model: torch.nn.Module | list[torch.nn.Module], directory: str | Path) -> None:
+    """Load the weights alone, into any tensor- and pipeline-parallel layout (one process included); every rank calls this.
+
+    Raises:
+        CheckpointError: no complete checkpoint there, or one of another shape of model.
+    """
+    chunks = model if isinstance(model, list) else [model]
+    _load_weights(chunks, _load(model_state(chunks), directory))
+
+
+def model_state(model: list[torch.nn.Module]) -> dict[str, Any]:
+    """Sharded state of this rank's chunks, under `model` or, with virtual pipeline stages, `model0`, `model1`, ..."""
+    return {name: unwrap(chunk).sharded_state_dict(metadata=metadata()) for name, chunk in zip(_names(model), model, strict=True)}
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """The audio language model inside Megatron's data-parallel and precision wrappers."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def _names(model: list[torch.nn.Module]) -> list[str]:
+    return ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
+
+
+def _load_weights(model: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    for name, chunk in zip(_names(model), model, strict=True):
+        unwrap(chunk).load_state_dict(loaded[name])
+
+
+def _load(state: dict[str, Any], directory: str | Path) -> dict[str, Any]:
+    if not (Path(directory) / "metadata.json").is_file():
+        raise CheckpointError(f"{directory}: no complete checkpoint here (metadata.json is missing)")
+    try:
+        return dist_checkpointing.load(
+            state, str(directory), strict=dist_checkpointing.validation.StrictHandling.ASSUME_OK_UNEXPECTED
+        )
+    except (dist_checkpointing.core.CheckpointingException, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{directory}: does not fit this model or layout: {error}") from error
+
+
+def _random_shard(states: dict[str, Any] | None) -> ShardedObject:
+    """The random state of this rank, saved under its rank: every rank has its own."""
+    return ShardedObject("random", states, (torch.distributed.get_world_size(),), (torch.distributed.get_rank(),))
+
+
+def _saved_ranks(directory: str | Path) -> int:
+    """How many ranks saved this checkpoint."""
+    keys = [key for key in dist_checkpointing.load_sharded_metadata(str(directory)) if key.startswith("random/")]
+    return len(keys)
+
+
+def _point_to(root: Path, name: str) -> None:
+    temporary = root / f".{LATEST}"
+    temporary.write_text(name + "\n", encoding="utf-8")
+    os.replace(temporary, root / LATEST)

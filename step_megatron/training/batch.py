@@ -1,0 +1,139 @@
+"""From the loader's micro-batch to the device: audio features, unreadable clips, context-parallel slices, one copy.
+
+Everything that depends on lengths is decided on the host, from host values, before the copy; nothing is read back.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from step_megatron.audio.cache import EncodedClip
+from step_megatron.data.micro_batch import MicroBatch, drop_failed
+from step_megatron.model.batch import ModelBatch
+from step_megatron.model.segments import pack_segments
+from step_megatron.runtime.device import Runtime
+
+# Parts of the one host buffer start at multiples of this many bytes, so that each can be viewed in its own type.
+_ALIGNMENT = 16
+
+
+@dataclass
+class TrainingBatch:
+    """One packed micro-batch on the device.
+
+    Attributes:
+        model: what the model reads.
+        loss_mask: `[1, t]` float, 1 where a token is trained; `t` is this context-parallel rank's share of the tokens.
+        source: `[t]` int64, index of each token's source in the mixture.
+        tokens: tokens of the whole micro-batch that are not padding.
+        padding: padding tokens of the whole micro-batch.
+        audio_frames: encoder frames (25 Hz) of the whole micro-batch.
+        failed: clips of the micro-batch that could not be read.
+    """
+
+    model: ModelBatch
+    loss_mask: torch.Tensor
+    source: torch.Tensor
+    tokens: int
+    padding: int
+    audio_frames: int
+    failed: int
+
+
+def to_device(
+    micro_batch: MicroBatch,
+    clips: Mapping[str, EncodedClip | None],
+    sources: Sequence[str],
+    encoder_width: int,
+    runtime: Runtime,
+) -> TrainingBatch:
+    """Build what this rank needs of a micro-batch.
+
+    Args:
+        micro_batch: from the loader; the same on every rank of a model-parallel group.
+        clips: encoded clips by address. None stands for one that could not be read, agreed by all ranks of the group: its features
+            are zero on the first stage, and the segment that holds it is not trained on any rank.
+        sources: names of the mixture's sources, in order.
+        encoder_width: width of the audio features.
+        runtime: where this rank stands; only first-stage ranks get features.
+
+    Raises:
+        ValueError: a clip whose features have other frame counts than the plan.
+    """
+    failed = {span.address for span in micro_batch.audio if clips[span.address] is None}
+    micro_batch = drop_failed(micro_batch, failed)
+    host = {
+        "tokens": micro_batch.tokens,
+        "labels": micro_batch.labels,
+        "loss_mask": micro_batch.loss_mask,
+        "source": source_of_tokens(micro_batch, sources),
+    }
+    if runtime.is_first_stage and micro_batch.audio:
+        host["audio_positions"] = micro_batch.audio_positions
+        host["features"] = gather_features(micro_batch, clips, encoder_width)
+    packed = pack_segments(micro_batch.segment_lengths, runtime.device, runtime.cp_size, runtime.cp_rank)
+    on_device = _copy(host, runtime.device)
+    if packed.cp_index is not None:
+        for name, dimension in (("labels", 1), ("loss_mask", 1), ("source", 0)):
+            on_device[name] = on_device[name].index_select(dimension, packed.cp_index)
+    return TrainingBatch(
+        model=ModelBatch(
+            tokens=on_device["tokens"],
+            packed=packed,
+            labels=on_device["labels"],
+            audio_features=on_device.get("features"),
+            encoder_frames=tuple(micro_batch.encoder_frames),
+            audio_positions=on_device.get("audio_positions"),
+        ),
+        loss_mask=on_device["loss_mask"],
+        source=on_device["source"],
+        tokens=micro_batch.tokens.shape[1] - micro_batch.padding,
+        padding=micro_batch.padding,
+        audio_frames=sum(micro_batch.encoder_frames),
+        failed=len(failed),
+    )
+
+
+def source_of_tokens(micro_batch: MicroBatch, sources: Sequence[str]) -> torch.Tensor:
+    """Index of the source of every token, `[T]` int64."""
+    index = {name: number for number, name in enumerate(sources)}
+    numbers = torch.tensor([index[name] for name in micro_batch.sources])
+    return numbers.repeat_interleave(torch.tensor(micro_batch.segment_lengths))
+
+
+def gather_features(micro_batch: MicroBatch, clips: Mapping[str, EncodedClip | None], width: int) -> torch.Tensor:
+    """Encoder output of every chunk in the order of the placeholders, `[sum(encoder_frames), width]`; zeros for unreadable clips."""
+    parts = []
+    for span, frames in zip(micro_batch.audio, micro_batch.encoder_frames, strict=True):
+        clip = clips[span.address]
+        if clip is None:
+            parts.append(torch.zeros(frames, width, dtype=torch.bfloat16))
+            continue
+        if clip.chunk_frames[span.chunk] != frames:
+            raise ValueError(
+                f"{span.address}: chunk {span.chunk} has {clip.chunk_frames[span.chunk]} encoder frames, the index promised {frames}; "
+                "the file has changed: run `step-megatron data validate` again"
+            )
+        parts.append(clip.features.narrow(0, sum(clip.chunk_frames[: span.chunk]), frames))
+    return torch.cat(parts)
+
+
+def _copy(parts: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Copy host tensors in one pinned buffer and one transfer that the host does not wait for."""
+    if device.type == "cpu":
+        return dict(parts)
+    places, size = {}, 0
+    for name, part in parts.items():
+        places[name] = size
+        size += -(-part.numel() * part.element_size() // _ALIGNMENT) * _ALIGNMENT
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def view(buffer: torch.Tensor, name: str) -> torch.Tensor:
+        part = parts[name]
+        return buffer.narrow(0, places[name], part.numel() * part.element_size()).view(part.dtype).view(part.shape)
+
+    for name, part in parts.items():
+        view(host, name).copy_(part)
+    on_device = host.to(device, non_blocking=True)
+    return {name: view(on_device, name) for name in parts}

@@ -1,0 +1,47 @@
+"""Stopping on SIGTERM or SIGINT: finish the step, save, leave. All ranks stop at the same step, whichever of them was told."""
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interruption:
+    """Catches the signals inside a `with` block; a second signal ends the process at once, as without this class.
+
+    Args:
+        group: a gloo group of all ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup):
+        self._group = group
+        self._received = 0
+        self._previous: dict[int, object] = {}
+        self.signal_name: str | None = None
+
+    def __enter__(self) -> "Interruption":
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def agreed(self) -> bool:
+        """Whether any rank was told to stop; every rank calls this once a step and gets the same answer."""
+        flag = torch.tensor([self._received], dtype=torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        if flag.item():
+            self.signal_name = signal.Signals(int(flag.item())).name
+        return bool(flag.item())
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

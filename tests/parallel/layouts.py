@@ -1,0 +1,158 @@
+"""Runs on every rank of a worker pool: the real training step on synthetic micro-batches, in any layout, gathered to full tensors."""
+
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from parallel.synthetic import ENCODER_WIDTH, SOURCES, VOCABULARY, pack, step_segments
+
+from step_megatron.config.schema import (
+    AdaptorConfig,
+    Config,
+    EncoderConfig,
+    MegatronConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from step_megatron.runtime import seeds
+
+OPTIMIZERS = {
+    "sgd": {"optimizer": "sgd", "lr": 0.1, "min_lr": 0.05, "sgd_momentum": 0.9, "weight_decay": 0.01, "clip_grad": 1.0},
+    "adam": {"optimizer": "adam", "lr": 1e-3, "min_lr": 1e-4, "weight_decay": 0.1, "clip_grad": 1.0},
+}
+STEPS = 3
+
+
+def test_config(transformer: dict[str, Any], optimizer: dict[str, Any], ddp: dict[str, Any] | None = None) -> Config:
+    """A small model: 4 layers, width 64."""
+    sizes = {
+        "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 4, "num_query_groups": 2,
+        "layernorm_epsilon": 1e-6, "init_method_std": 0.05,
+    }  # fmt: skip
+    return Config(
+        run=RunConfig(device="cpu", threads=1, seed=7),
+        model=ModelConfig(preset="test", vocabulary_size=VOCABULARY, max_positions=256, rotary_base=1e4),
+        encoder=EncoderConfig(mels=8, width=ENCODER_WIDTH, layers=1, heads=2, ffn_width=48),
+        adaptor=AdaptorConfig(width=32),
+        training=TrainingConfig(steps=STEPS, micro_batches_per_step=4),
+        megatron=MegatronConfig(transformer=sizes | transformer, optimizer=optimizer, ddp=ddp or {}),
+    )
+
+
+def train(rank: int, world_size: int, *, transformer: dict, optimizer: str, ddp: dict | None = None, packed: bool = True) -> dict:
+    """Train a few steps in one layout.
+
+    Returns:
+        `losses` (one line of metrics per step), `gradients` of the first step and `parameters` after the last, full tensors by full
+        name (on every rank the same).
+    """
+    from step_megatron.runtime.device import initialize
+    from step_megatron.training.optimizer import settled_parameters
+
+    config = test_config(transformer, OPTIMIZERS[optimizer], ddp)
+    runtime = initialize(config)
+    state = lively_state(config)
+    trainer = make_trainer(config, runtime, state, packed)
+    captured: dict[str, torch.Tensor] = {}
+    step = state.optimizer.step
+
+    def step_after_capture():
+        if not captured:
+            captured.update(full_tensors(state.model, lambda parameter: parameter.main_grad, bool(ddp)))
+        return step()
+
+    state.optimizer.step = step_after_capture
+    lines = [run_step(trainer) for _ in range(STEPS)]
+    with settled_parameters(state.model):
+        parameters = full_tensors(state.model, lambda parameter: parameter)
+    return {"lines": lines, "gradients": captured, "parameters": parameters}
+
+
+def lively_state(config: Config):
+    """A training state whose biases and norms are not 0 and 1, so that one that is mapped, cut or reduced wrongly shows."""
+    from megatron.core import parallel_state
+
+    from step_megatron.model.weights import cut_dimension, full_names, shard
+    from step_megatron.training import state
+
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+
+    def build(*args):
+        chunks = state_build_model(*args)
+        for chunk in chunks:
+            names = full_names(chunk)
+            for local, parameter in chunk.named_parameters():
+                name = names[local]
+                if parameter.dim() == 1:
+                    full = [parameter.numel() * (size if cut_dimension(name) == 0 else 1)]
+                    noise = 0.1 * torch.randn(full, generator=seeds.generator(3, name))
+                    parameter.data.add_(shard(name, noise, rank, size))
+        return chunks
+
+    state_build_model = state.build_model
+    with mock.patch.object(state, "build_model", build):
+        return state.build_state(config)
+
+
+def run_step(trainer) -> dict[str, float]:
+    from step_megatron.training.loop import training_step
+    from step_megatron.training.schedule import learning_rate
+
+    training_step(trainer)
+    return trainer.meter.flush(learning_rate(trainer.optimizer))
+
+
+def make_trainer(config: Config, runtime, state, packed: bool = True):
+    """A trainer whose next step's micro-batches are synthetic, shared out over the data-parallel ranks."""
+    from step_megatron.training.batch import to_device
+    from step_megatron.training.interruption import Interruption
+    from step_megatron.training.loop import Trainer
+    from step_megatron.training.meter import Meter
+
+    def next_batches():
+        groups, clips = step_segments(trainer.step)
+        micro_batches = [pack(group) for group in groups] if packed else [segment for group in groups for segment in group]
+        mine = micro_batches[runtime.dp_rank :: runtime.dp_size]
+        return [to_device(batch, clips, SOURCES, ENCODER_WIDTH, runtime) for batch in mine]
+
+    trainer = Trainer(
+        config, runtime, state.model, state.optimizer, state.scheduler, SOURCES, next_batches, None,
+        Meter(SOURCES, runtime, lambda batch: 0.0, None), lambda trainer: None, lambda step, values: None,
+        lambda step, values: None, Interruption(dist.group.WORLD),
+    )  # fmt: skip
+    return trainer
+
+
+def full_tensors(model, pick, sharded: bool = False) -> dict[str, torch.Tensor]:
+    """One tensor per parameter, put together from all ranks, by full name.
+
+    Args:
+        pick: the tensor of a parameter.
+        sharded: gradients were reduce-scattered (distributed optimizer): put the replicas' shards together first.
+    """
+    from megatron.core import parallel_state
+
+    from step_megatron.checkpoint.distributed import unwrap
+    from step_megatron.model.weights import full_names, merge
+
+    if sharded:
+        for chunk in model:
+            for buffer in chunk.buffers:
+                for bucket in buffer.buckets:
+                    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+                    mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+    local = {}
+    for chunk in model:
+        inner = unwrap(chunk)
+        names = full_names(inner)
+        local |= {names[name]: pick(parameter).detach().clone() for name, parameter in inner.named_parameters()}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (parallel_state.get_tensor_model_parallel_rank(), local))
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    for tp_rank, tensors in everyone:
+        for name, tensor in tensors.items():
+            parts.setdefault(name, {}).setdefault(tp_rank, tensor)
+    return {name: merge(name, [by_rank[r] for r in sorted(by_rank)]) for name, by_rank in sorted(parts.items())}
