@@ -1,0 +1,228 @@
+"""Load a trained run for inference: its configuration, tokenizer, encoder and weights, in one process whatever layout trained it.
+
+with loaded_run(run_dir, data_dir) as run:
+    run.encode(addresses)
+    texts = run.reply(conversations, max_new_tokens=96)
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from step_megatron.audio.address import parse_address
+from step_megatron.audio.cache import EncodedCache, EncodedClip
+from step_megatron.audio.encode_once import EncodedAudio
+from step_megatron.audio.errors import AudioError
+from step_megatron.audio.front_end import LogMelFrontEnd, split_chunks
+from step_megatron.audio.index import INDEX_NAME, AudioIndex
+from step_megatron.checkpoint.distributed import latest_checkpoint, load_model_weights
+from step_megatron.config.load import load_config
+from step_megatron.config.schema import Config
+from step_megatron.data.schema import Conversation
+from step_megatron.data.template import TEMPLATES, render
+from step_megatron.data.tokenizer import Tokenizer
+from step_megatron.evaluation.scoring import THINK_END, THINK_START
+from step_megatron.model.audio_lm import AudioLanguageModel, build_model
+from step_megatron.model.encoder import AudioEncoder, build_encoder
+from step_megatron.model.generation import Prompt, generate
+from step_megatron.runtime.device import Runtime, initialize, shutdown
+from step_megatron.runtime.progress import get_logger
+
+logger = get_logger(__name__)
+
+# What a layout adds to Megatron's configuration; one process has none of it.
+_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "sequence_parallel",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "tp_comm_overlap",
+)
+
+
+def inference_config(config: Config) -> Config:
+    """The same model for one process on the device that is here; the given configuration stays as it is."""
+    config = copy.deepcopy(config)
+    for name in _LAYOUT:
+        config.megatron.transformer.pop(name, None)
+    config.run.device = config.run.backend = "auto"
+    return config
+
+
+@contextmanager
+def loaded_run(run_dir: Path, data_dir: Path | None = None) -> Iterator["TrainedRun"]:
+    """A run's newest checkpoint, ready to answer; the runtime ends with the block.
+
+    Args:
+        run_dir: holds `config.yaml` and `checkpoints/`.
+        data_dir: where addresses of clips start and where the audio index is; None if clips come as files only (`add_file`).
+
+    Raises:
+        FileNotFoundError: no run, no checkpoint or no audio index there; says what to do.
+        ValueError: a damaged configuration or tokenizer.
+        CheckpointError: weights that do not fit the configuration.
+    """
+    config = inference_config(_read_config(run_dir))
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"{run_dir}: no checkpoint yet; `step-megatron train midtrain` writes one into the run's directory"
+        )
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    runtime = initialize(config)
+    try:
+        if runtime.world_size > 1:
+            raise ValueError("evaluation and chat run in one process: start them without torchrun")
+        model = build_model(config)[0]
+        load_model_weights(model, checkpoint)
+        model.eval()
+        encoder = build_encoder(config.encoder, config.audio.encoder_block, config.adaptor.compat, config.run.seed)
+        encoder.to(runtime.device)
+        front_end = LogMelFrontEnd(config.encoder.mels, runtime.device, runtime.threads, config.audio.max_clip_seconds)
+        audio = None if data_dir is None else _encoded_audio(config, data_dir, encoder, front_end, runtime)
+        logger.info("loaded %s", checkpoint)
+        yield TrainedRun(config, tokenizer, model, encoder, front_end, audio, data_dir)
+    finally:
+        shutdown()
+
+
+class TrainedRun:
+    """A trained model with all that it takes to ask it something. Make it with `loaded_run`."""
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        model: AudioLanguageModel,
+        encoder: AudioEncoder,
+        front_end: LogMelFrontEnd,
+        audio: EncodedAudio | None,
+        data_dir: Path | None,
+    ):
+        self.config, self.tokenizer, self.model = config, tokenizer, model
+        self._encoder, self._front_end, self._audio, self._data_dir = encoder, front_end, audio, data_dir
+        self._clips: dict[str, EncodedClip | None] = {}
+
+    def encode(self, addresses: Sequence[str]) -> None:
+        """Take clips of the data directory from the encoded-audio cache, encoding what it lacks.
+
+        A clip that is quarantined or cannot be read is logged and has no features.
+
+        Raises:
+            ValueError: for clips that were never indexed; says how to index them.
+        """
+        places: dict[str, str] = {}
+        for address in dict.fromkeys(addresses):
+            if address in self._clips:
+                continue
+            place = str(parse_address(address, self._data_dir))
+            if place in self._audio.index:
+                places[place] = address
+            elif reason := self._audio.index.reason(place):
+                logger.warning("%s is quarantined (%s): its items fail", address, reason)
+                self._clips[address] = None
+            else:
+                raise ValueError(f"{place} is not in the audio index; run `step-megatron data validate` over the data")
+        self._audio.prepare(list(places))
+        fetched = self._audio.fetch(list(places))
+        self._clips |= {address: fetched[place] for place, address in places.items()}
+
+    def add_file(self, path: Path) -> str:
+        """Encode one audio file of any format; returns the address that names it in a conversation.
+
+        Raises:
+            AudioError: missing, damaged, silent about its format, too short for one token, or too long.
+        """
+        place = parse_address(str(path), Path.cwd())
+        waveform = self._front_end.decode([place.read()], [place.name])[0]
+        if isinstance(waveform, AudioError):
+            raise waveform
+        chunks = split_chunks(waveform.waveform)
+        if not chunks:
+            raise AudioError("too-short", f"{path}: {len(waveform.waveform)} samples at 16 kHz are too short for one audio token")
+        features = [part.to(torch.bfloat16).cpu() for part in self._encoder.encode(self._front_end.log_mel(chunks))]
+        self._clips[str(path)] = EncodedClip(torch.cat(features), tuple(len(part) for part in features))
+        return str(path)
+
+    def features(self, addresses: Sequence[str]) -> dict[str, torch.Tensor | None]:
+        """Encoder output `[frames, width]` bfloat16 of clips already encoded; None for one that could not be read."""
+        return {a: None if self._clips[a] is None else self._clips[a].features for a in addresses}
+
+    def prompt(self, conversation: Conversation) -> Prompt:
+        """What the model reads before its next turn; the clips must be encoded and readable."""
+        clips: Mapping[str, EncodedClip] = {a: self._clips[a] for a in conversation.audio_addresses()}
+        sample = render(
+            conversation,
+            self.tokenizer,
+            lambda address: [self.model.adaptor.tokens_out(frames) for frames in clips[address].chunk_frames],
+            self.config.tokenizer.template,
+            generation=True,
+        )
+        positions = [np.arange(span.start, span.start + span.tokens) for span in sample.audio]
+        heard = [clips[address] for address in conversation.audio_addresses()]
+        return Prompt(
+            tokens=sample.input_ids,
+            audio_positions=np.concatenate([np.empty(0, np.int64), *positions]),
+            audio_features=torch.cat([clip.features for clip in heard]) if heard else None,
+            encoder_frames=tuple(frames for clip in heard for frames in clip.chunk_frames),
+        )
+
+    def reply(
+        self, conversations: Sequence[Conversation], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[str | None]:
+        """Text of the next assistant turn of every conversation, from inside `<think>` on, generated as one batch.
+
+        None where a clip could not be read. Under a template whose prompt does not open `<think>`, a reply that does not think is
+        returned with `</think>` in front, so that all replies read alike.
+        """
+        readable = [i for i, c in enumerate(conversations) if all(self._clips[a] is not None for a in c.audio_addresses())]
+        prompts = [self.prompt(conversations[i]) for i in readable]
+        template = TEMPLATES[self.config.tokenizer.template]
+        stops = (self.tokenizer.special(template.close), self.tokenizer.special("<|endoftext|>"))
+        replies: list[str | None] = [None] * len(conversations)
+        if not prompts:
+            return replies
+        generations = generate(
+            self.model, prompts, max_new_tokens, stops, temperature=temperature, seed=seed, batch_size=len(prompts)
+        )
+        for i, generation in zip(readable, generations, strict=True):
+            ids = generation.tokens[:-1] if generation.finish_reason == "stop" else generation.tokens
+            replies[i] = _from_inside_thinking(self.tokenizer.decode(ids), template.prompt_thinks)
+        return replies
+
+
+def _from_inside_thinking(text: str, prompt_thinks: bool) -> str:
+    if prompt_thinks:
+        return text
+    opened = text.lstrip()
+    return opened.removeprefix(THINK_START) if opened.startswith(THINK_START) else THINK_END + text
+
+
+def _read_config(run_dir: Path) -> Config:
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; --run names the directory of a run (for example runs/quickstart)")
+    return load_config(path)
+
+
+def _encoded_audio(
+    config: Config, data_dir: Path, encoder: AudioEncoder, front_end: LogMelFrontEnd, runtime: Runtime
+) -> EncodedAudio:
+    """The clips of a data directory, through the cache that training filled if the run has one."""
+    own = data_dir / INDEX_NAME
+    index = AudioIndex.load(own if own.is_file() or not config.data.index else config.data.index)
+    cache = None
+    if config.audio.cache_dir and config.audio.cache != "off":
+        cache = EncodedCache(config.audio.cache_dir, encoder.fingerprint(), int(config.audio.cache_max_gib * 2**30))
+    # A clip that fails is a failed item of the evaluation, counted in its results: it must not stop it.
+    return EncodedAudio(encoder, front_end, index, cache, runtime, quarantine_limit=1.0)

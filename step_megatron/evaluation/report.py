@@ -1,0 +1,291 @@
+"""Write `report.html`: what a run learnt, how that was measured, and what the numbers do not say.
+
+`write_report(run_dir, data_dir, out)` reads `metrics.jsonl`, `config.yaml` and `versions.json` of the run, `results.json` and
+`predictions.jsonl` of its evaluation, and puts clips from the data directory into the page. Parts that are missing are left out
+and named.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from step_megatron.audio.address import parse_address
+from step_megatron.audio.errors import AudioError
+from step_megatron.evaluation import page
+from step_megatron.evaluation.charts import Series, line_chart
+from step_megatron.evaluation.files import read_jsonl, write_text
+from step_megatron.evaluation.results import Prediction
+from step_megatron.evaluation.run import read_predictions, sample_predictions
+from step_megatron.evaluation.scoring import normalise_label, split_reply
+from step_megatron.runtime.metrics import read_metrics
+from step_megatron.runtime.progress import get_logger
+
+logger = get_logger(__name__)
+
+CLIPS = 12
+# Bytes of wav in the page before base64 adds a third: the whole page stays under 3 MB.
+CLIP_BYTES = 2_000_000
+CLIP_SECONDS = 8.0
+
+CONFOUNDS = {
+    "language": "Asterisk prompts have one speaker a language (Italian is a man, the others are women), so “language” there is "
+    "also speaker and recording. “language other corpus” asks the same about another corpus with other speakers.",
+    "tone": "Tone is asked about syllables (with their tone) that training never saw, but of the same two speakers.",
+    "gender": "Gender is asked about synthesised voices that training never saw; no human voice is in it.",
+    "speaking_rate": "Speaking rate is asked about synthesised speech, with the measured rate as the truth.",
+    "transcription": "A model of this size, trained for minutes on about an hour of speech, does not transcribe: its error is "
+    "shown as it is.",
+}
+ALWAYS = (
+    "“Other clip” is the same model and the same question with another clip of another label, scored against the original label: "
+    "what the question alone gives away. Below chance is expected where the model follows the clip that it hears.",
+    "“Probe” is a logistic regression on mean, standard deviation and first-half-minus-second-half of the same frozen features, "
+    "trained on the train clips of that task. A model well below it does not use what the encoder gives it.",
+    "No transcript occurs in two splits. Whiskers are 95% Wilson intervals: they cover the draw of the test items, not the draw "
+    "of the run.",
+)
+
+
+def write_report(
+    run_dir: Path, data_dir: Path, out: Path, results_file: Path | None = None, ablation: Path | None = None
+) -> None:
+    """Write the report of a run as one self-contained HTML file, whole or not at all.
+
+    Args:
+        run_dir: the run; `results.json` and `predictions.jsonl` are read here unless `results_file` names another place.
+        data_dir: where the clips' addresses start.
+        ablation: `results.json` of a run without the text-only source, shown beside this one.
+
+    Raises:
+        FileNotFoundError: if there are no results.
+        ValueError: if one of the files is damaged.
+    """
+    results_file = results_file or run_dir / "results.json"
+    if not results_file.is_file():
+        raise FileNotFoundError(f"{results_file}: no results yet; `step-megatron eval --run {run_dir}` writes them")
+    results = _read_json(results_file)
+    metrics = _optional(run_dir / "metrics.jsonl", read_metrics, [])
+    predictions = read_predictions(_optional(results_file.with_name("predictions.jsonl"), read_jsonl, []))
+    other = _read_json(ablation) if ablation else None
+    parts = [
+        page.header(f"step-megatron: {run_dir.name}", _subtitle(metrics, results), _tiles(results)),
+        _listening(results),
+        _open_answers(results, other),
+        _played(predictions, data_dir),
+        _training(metrics),
+        page.section("Where the time went", "Wall-clock seconds by stage.", page.stage_table(results["seconds"])),
+        page.section("What these numbers do not say", "", page.bullets(_confounds(results))),
+        _configuration(run_dir),
+    ]
+    write_text(out, page.page(f"step-megatron: {run_dir.name}", parts))
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); evaluate again to write it anew") from None
+
+
+def _optional(path: Path, read, missing):
+    if path.is_file():
+        return read(path)
+    logger.warning("%s is missing: its part of the report is left out", path)
+    return missing
+
+
+def beats_controls(result: Mapping) -> bool:
+    """Whether the lower bound of accuracy lies above the majority class and above the upper bound of the other-clip control."""
+    if result["accuracy"] is None or result["majority"] is None or result["other_clip"] is None:
+        return False
+    return result["accuracy_interval"][0] > max(result["majority"], result["other_clip_interval"][1])
+
+
+def _subtitle(metrics: Sequence[Mapping], results: Mapping) -> str:
+    steps = f"{metrics[-1]['step']:,} training steps, " if metrics else ""
+    items = sum(r["attempted"] for r in results["tasks"].values())
+    items += results["transcription"]["attempted"] + results["text_only"]["attempted"]
+    return f"{steps}{items:,} held-out items"
+
+
+def _tiles(results: Mapping) -> list[tuple[str, str]]:
+    tasks = results["tasks"]
+    tiles = [(f"{sum(map(beats_controls, tasks.values()))} of {len(tasks)}", "tasks clearly above majority and other clip")]
+    tiles += [(page.share(tasks[name]["accuracy"]), f"accuracy, {name}") for name in ("language", "tone") if name in tasks]
+    tiles.append((page.share(results["transcription"]["cer"]), "character error rate"))
+    tiles.append((page.share(results["text_only"]["accuracy"]), "accuracy, text only"))
+    if results["seconds"]:
+        minutes, seconds = divmod(round(sum(results["seconds"].values())), 60)
+        tiles.append((f"{minutes}:{seconds:02d}", "minutes, all stages"))
+    return tiles
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return "–" if bounds is None else f"{bounds[0]:.2f}–{bounds[1]:.2f}"
+
+
+def _listening(results: Mapping) -> str:
+    tasks = results["tasks"]
+    if not tasks:
+        return page.section("Does it listen?", "No task with a closed set of labels was evaluated.")
+    heads = ("task", "accuracy", "95%", "majority", "other clip", "probe", "n", "failed", "unparsable")
+    rows = [
+        (
+            name.replace("_", " "),
+            page.share(r["accuracy"]),
+            _interval(r["accuracy_interval"]),
+            page.share(r["majority"]),
+            page.share(r["other_clip"]),
+            page.share(r["probe"]),
+            r["n"],
+            r["failed"],
+            r["unparsable"],
+        )
+        for name, r in tasks.items()
+    ]
+    note = (
+        "Accuracy on held-out clips, beside what needs no listening (majority class, another clip's audio) and beside a "
+        "linear listener."
+    )
+    return page.section("Does it listen?", note, page.task_panels(tasks), "<p></p>", page.table(heads, rows))
+
+
+def _open_answers(results: Mapping, ablation: Mapping | None) -> str:
+    spoken, text = results["transcription"], results["text_only"]
+    parts = ["<h3>Transcription</h3>"]
+    heads = ("audio", "character error", "word error", "n", "failed", "unparsable")
+    rows = [
+        ("own clip", page.share(spoken["cer"]), page.share(spoken["wer"]), spoken["n"], spoken["failed"], spoken["unparsable"])
+    ]
+    if spoken.get("other_clip_cer") is not None:
+        rows.append(("another clip", page.share(spoken["other_clip_cer"]), page.share(spoken["other_clip_wer"]), "", "", ""))
+    parts += [page.table(heads, rows), "<p></p><h3>Text only</h3>"]
+    rows = [
+        (name.replace("_", " "), page.share(r["accuracy"]), page.share(r["majority"]), r["n"], r["unparsable"])
+        for name, r in text.get("tasks", {}).items()
+    ]
+    rows.append(("all", page.share(text["accuracy"]), "", text["n"], text["unparsable"]))
+    parts.append(page.table(("reasoning task", "accuracy", "majority", "n", "unparsable"), rows))
+    if ablation is not None:
+        parts += ["<p></p><h3>Without the text-only source</h3>", _ablation(results, ablation)]
+    return page.section(
+        "Transcription and text", "Error rates are edits over reference length: 0 is perfect, above 1 is possible.", *parts
+    )
+
+
+def _ablation(results: Mapping, other: Mapping) -> str:
+    def row(name: str, ours: float | None, theirs: float | None) -> tuple[str, str, str, str]:
+        change = "–" if ours is None or theirs is None else f"{ours - theirs:+.2f}"
+        return name, page.share(ours), page.share(theirs), change
+
+    rows = [
+        row(name.replace("_", " "), r["accuracy"], other["tasks"].get(name, {}).get("accuracy"))
+        for name, r in results["tasks"].items()
+    ]
+    rows.append(row("transcription, character error", results["transcription"]["cer"], other["transcription"]["cer"]))
+    rows.append(row("text only", results["text_only"]["accuracy"], other["text_only"]["accuracy"]))
+    return page.table(("", "with text", "audio only", "difference"), rows)
+
+
+def _played(predictions: Sequence[Prediction], data_dir: Path) -> str:
+    clips = choose_clips(predictions, data_dir)
+    if not clips:
+        return ""
+    note = (
+        "Drawn at random, round robin over the tasks: right and wrong as they come. “Other clip” is the answer to the same "
+        "question about another clip."
+    )
+    return page.section("Listen", note, page.clip_cards(clips))
+
+
+def choose_clips(
+    predictions: Sequence[Prediction], data_dir: Path, count: int = CLIPS, budget: int = CLIP_BYTES
+) -> list[page.Clip]:
+    """Up to `count` answered items with one clip each, at most `budget` bytes of wav together; a repeatable draw."""
+    clips: list[page.Clip] = []
+    candidates = [p for p in predictions if len(p.audio) == 1]
+    for prediction in sample_predictions(candidates, len(candidates), seed=0):
+        if len(clips) == count:
+            break
+        wav = wav_bytes(prediction.audio[0], data_dir)
+        # One long clip must not use up what the others need.
+        if wav is None or len(wav) > max(budget // 4, budget // count):
+            continue
+        if len(wav) > budget:
+            break
+        budget -= len(wav)
+        clips.append(_clip(prediction, "data:audio/wav;base64," + base64.b64encode(wav).decode("ascii")))
+    return clips
+
+
+def _clip(prediction: Prediction, uri: str) -> page.Clip:
+    reply = split_reply(prediction.reply)
+    other = None if prediction.other_clip_reply is None else split_reply(prediction.other_clip_reply).answer or "(none)"
+    right = None
+    if prediction.kind == "classification":
+        right = reply.answer is not None and normalise_label(reply.answer) == normalise_label(prediction.answer)
+    return page.Clip(prediction.task, uri, prediction.question, prediction.answer, reply.reasoning, reply.answer, other, right)
+
+
+def wav_bytes(address: str, data_dir: Path) -> bytes | None:
+    """A clip as mono 16-bit wav at its own rate; None for one that cannot be played (unreadable, empty, longer than 8 s)."""
+    try:
+        samples, rate = soundfile.read(io.BytesIO(parse_address(address, data_dir).read()), dtype="float32", always_2d=True)
+    except (AudioError, OSError, soundfile.SoundFileError) as error:
+        logger.warning("%s is not in the report: %s", address, error)
+        return None
+    if not 0 < len(samples) <= CLIP_SECONDS * rate:
+        return None
+    out = io.BytesIO()
+    soundfile.write(out, np.clip(samples.mean(axis=1), -1, 1), rate, format="WAV", subtype="PCM_16")
+    return out.getvalue()
+
+
+def _series(metrics: Sequence[Mapping], key: str, label: str, colour: str = "model", smooth: bool = False) -> Series:
+    return Series(label, [(row["step"], row[key]) for row in metrics if row.get(key) is not None], colour, smooth)
+
+
+def _training(metrics: Sequence[Mapping]) -> str:
+    if not metrics:
+        return page.section("Training", "No metrics were found in the run directory.")
+    sources = sorted({key for row in metrics for key in row if key.startswith("loss/")})
+    colours = ("model", "other", "probe", "second", "plain")
+    by_source = [
+        _series(metrics, key, key.removeprefix("loss/").replace("_", " "), colours[i % len(colours)])
+        for i, key in enumerate(sources)
+    ]
+    losses = [_series(metrics, "loss", "train", smooth=True), _series(metrics, "validation_loss", "validation", "other")]
+    charts = [
+        line_chart("Loss", losses, "nats per trained token"),
+        line_chart("Loss by source", by_source, "nats per trained token") if by_source else "",
+        line_chart("Learning rate", [_series(metrics, "learning_rate", "learning rate")]),
+        line_chart("Gradient norm", [_series(metrics, "grad_norm", "gradient norm", smooth=True)], "before clipping", log=True),
+        line_chart("Tokens", [_series(metrics, "tokens_per_second", "tokens", smooth=True)], "per second, all ranks"),
+        line_chart(
+            "Audio", [_series(metrics, "audio_seconds_per_second", "audio", smooth=True)], "seconds per second, all ranks"
+        ),
+        line_chart("Padding", [_series(metrics, "padding_share", "padding")], "share of tokens"),
+        line_chart("Model FLOP/s", [_series(metrics, "model_flops_per_second", "model FLOP/s", smooth=True)], "all ranks"),
+    ]
+    return page.section("Training", "Raw values faint, running median on top.", page.grid(chart for chart in charts if chart))
+
+
+def _confounds(results: Mapping) -> list[str]:
+    stated = [
+        text for name, text in CONFOUNDS.items() if name in results["tasks"] or (name == "transcription" and results[name]["n"])
+    ]
+    return [*ALWAYS, *stated]
+
+
+def _configuration(run_dir: Path) -> str:
+    parts = []
+    for name, title in (("config.yaml", "Resolved configuration"), ("versions.json", "Versions")):
+        text = _optional(run_dir / name, lambda path: path.read_text(encoding="utf-8"), "")
+        if text:
+            parts.append(page.folded(title, text.strip()))
+    return page.section("Configuration and versions", "", *parts) if parts else ""

@@ -1,0 +1,156 @@
+"""From predictions to `results.json`: pure functions, so results can be made again from `predictions.jsonl` without the model.
+
+    {"tasks": {NAME: {"accuracy", "majority", "other_clip", "probe", "n", ...}},
+     "transcription": {"cer", "wer", "n", ...},
+     "text_only": {"accuracy", "majority", "n", ..., "tasks": {NAME: {...}}},
+     "seconds": {STAGE: s}}
+
+Every share is a float in [0, 1], or null where it was not measured (no train items, one label only, no clip). `n` is the number
+of items behind `accuracy` (= `scored`); `attempted`, `scored`, `failed` and `unparsable` are counts; `*_interval` are 95%
+Wilson intervals.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from step_megatron.evaluation.scoring import (
+    LabelScore,
+    normalise_label,
+    score_labels,
+    score_transcripts,
+    wilson_interval,
+)
+from step_megatron.evaluation.tasks import TRANSCRIPTION, majority_label, training_task
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answered item, a line of `predictions.jsonl`.
+
+    Attributes:
+        reply: generated text from inside `<think>` on; None if the item failed (its clip could not be read).
+        other_clip: addresses heard in the control, None where there is no control.
+        other_clip_reply: reply to the same question about those clips; None if not asked or failed.
+        probe: the linear probe's answer, None where there is no probe.
+    """
+
+    id: str
+    task: str
+    kind: str
+    question: str
+    answer: str
+    reference_reasoning: str | None
+    audio: tuple[str, ...]
+    reply: str | None
+    other_clip: tuple[str, ...] | None = None
+    other_clip_reply: str | None = None
+    probe: str | None = None
+
+    def row(self) -> dict:
+        return asdict(self)
+
+
+def build_results(
+    predictions: Sequence[Prediction], train_answers: Mapping[str, Sequence[str]], seconds: Mapping[str, float]
+) -> dict:
+    """Score predictions and put them in the form of `results.json`.
+
+    Args:
+        train_answers: answers of the train split by task: they give the majority class and the label sets.
+        seconds: wall-clock seconds by stage.
+    """
+    groups: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        groups.setdefault(prediction.task, []).append(prediction)
+    by_kind = {kind: {} for kind in ("classification", TRANSCRIPTION, "text_only")}
+    for task, members in sorted(groups.items()):
+        by_kind[members[0].kind][task] = members
+    transcripts = [p for members in by_kind[TRANSCRIPTION].values() for p in members]
+    return {
+        "tasks": {task: _classification(members, train_answers) for task, members in by_kind["classification"].items()},
+        "transcription": _transcription(transcripts),
+        "text_only": _text_only(by_kind["text_only"], train_answers),
+        "seconds": {stage: round(float(s), 2) for stage, s in seconds.items()},
+    }
+
+
+def _counts(score: LabelScore) -> dict:
+    return {
+        "attempted": score.attempted,
+        "scored": score.scored,
+        "failed": score.failed,
+        "unparsable": score.unparsable,
+        "accuracy_interval": score.interval,
+    }
+
+
+def _majority_share(members: Sequence[Prediction], train: Sequence[str]) -> float | None:
+    """Accuracy, on the scored items, of always giving the train split's most frequent answer."""
+    majority = majority_label(train)
+    scored = [p for p in members if p.reply is not None]
+    if majority is None or not scored:
+        return None
+    return sum(normalise_label(p.answer) == majority for p in scored) / len(scored)
+
+
+def _classification(members: Sequence[Prediction], train_answers: Mapping[str, Sequence[str]]) -> dict:
+    source = training_task(members[0].task, train_answers)
+    train = train_answers.get(source, ())
+    answers = [p.answer for p in members]
+    labels = sorted({*map(normalise_label, train), *map(normalise_label, answers)})
+    own = score_labels(answers, [p.reply for p in members], labels)
+    controlled = [p for p in members if p.other_clip is not None]
+    other = score_labels([p.answer for p in controlled], [p.other_clip_reply for p in controlled], labels)
+    probed = [p for p in members if p.probe is not None and p.reply is not None]
+    right = sum(normalise_label(p.probe) == normalise_label(p.answer) for p in probed)
+    return {
+        "accuracy": own.accuracy,
+        "majority": _majority_share(members, train),
+        "other_clip": other.accuracy,
+        "probe": right / len(probed) if probed else None,
+        "n": own.scored,
+        **_counts(own),
+        "other_clip_n": other.scored,
+        "other_clip_interval": other.interval if other.scored else None,
+        "probe_n": len(probed),
+        "probe_interval": list(wilson_interval(right, len(probed))) if probed else None,
+        "labels": labels,
+        "trained_on": source if train else None,
+    }
+
+
+def _transcription(members: Sequence[Prediction]) -> dict:
+    controlled = [p for p in members if p.other_clip is not None]
+    other = score_transcripts([p.answer for p in controlled], [p.other_clip_reply for p in controlled])
+    scores = score_transcripts([p.answer for p in members], [p.reply for p in members])
+    return {**scores, "other_clip_cer": other["cer"], "other_clip_wer": other["wer"]}
+
+
+def _text_only(groups: Mapping[str, Sequence[Prediction]], train_answers: Mapping[str, Sequence[str]]) -> dict:
+    tasks = {}
+    for task, members in groups.items():
+        score = score_labels([p.answer for p in members], [p.reply for p in members], None)
+        majority = _majority_share(members, train_answers.get(training_task(task, train_answers), ()))
+        tasks[task] = {"accuracy": score.accuracy, "majority": majority, "n": score.scored, **_counts(score)}
+    everything = [p for members in groups.values() for p in members]
+    score = score_labels([p.answer for p in everything], [p.reply for p in everything], None)
+    return {"accuracy": score.accuracy, "n": score.scored, **_counts(score), "tasks": tasks}
+
+
+def result_line(results: Mapping) -> str:
+    """The one line that ends a run: every task with its controls, transcription, text-only, seconds."""
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    parts = [
+        f"{task} {share(r['accuracy'])} (majority {share(r['majority'])}, other clip {share(r['other_clip'])}, "
+        f"probe {share(r['probe'])}, n {r['n']})"
+        for task, r in results["tasks"].items()
+    ]
+    spoken, text = results["transcription"], results["text_only"]
+    parts.append(f"transcription cer {share(spoken['cer'])} wer {share(spoken['wer'])} (n {spoken['n']})")
+    parts.append(f"text-only {share(text['accuracy'])} (n {text['n']})")
+    if results["seconds"]:
+        parts.append("seconds " + " ".join(f"{stage} {s:.0f}" for stage, s in results["seconds"].items()))
+    return "results: " + "; ".join(parts)
