@@ -1,8 +1,10 @@
 """Packing: which samples share a micro-batch, and which micro-batches a data-parallel rank gets. Pure functions of integers.
 
-A window of samples is packed first-fit-decreasing into bins of at most `budget` tokens, whole steps of bins are given out, and
-what remains waits for the next window. Within a step the bins are shared out over the ranks longest-processing-time first, every
-rank getting the same number, since a step is as slow as its slowest rank and pipeline schedules want equal counts.
+A window of samples is packed into as few bins of at most `budget` tokens as first-fit-decreasing needs; whole steps of bins are
+given out, and what remains waits for the next window. Bins and steps are made alike in trained tokens: a step's loss is a mean
+over its tokens, so a step of short text samples (mostly target) and one of long clips (few targets) would distort the mixture.
+Within a step the bins are shared out over the ranks longest-processing-time first, every rank getting the same number, since a
+step is as slow as its slowest rank and pipeline schedules want equal counts.
 """
 
 from collections.abc import Sequence
@@ -39,6 +41,38 @@ def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]
     return bins
 
 
+def pack_evenly(lengths: Sequence[int], weights: Sequence[int], budget: int) -> list[list[int]]:
+    """Pack items into about as many bins as first-fit-decreasing needs, with weights as even as that allows.
+
+    Longest first, each item goes to the bin with room that has the least weight; one that finds no room opens a bin.
+
+    Args:
+        lengths: tokens of each item, each between 1 and `budget`.
+        weights: trained tokens of each item.
+
+    Returns:
+        Bins of item indices; every index exactly once, no bin empty or above `budget`.
+
+    Raises:
+        ValueError: an item that fits no bin.
+    """
+    count = len(first_fit_decreasing(lengths, budget))
+    bins: list[list[int]] = [[] for _ in range(count)]
+    room, loads = [budget] * count, [0] * count
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fits = [b for b, free in enumerate(room) if free >= lengths[item]]
+        if not fits:
+            bins.append([])
+            room.append(budget)
+            loads.append(0)
+            fits = [len(bins) - 1]
+        chosen = min(fits, key=lambda b: (loads[b], -room[b], b))
+        bins[chosen].append(item)
+        room[chosen] -= lengths[item]
+        loads[chosen] += weights[item]
+    return [items for items in bins if items]
+
+
 @dataclass(frozen=True)
 class WindowPlan:
     """What becomes of a window: `steps[s][b]` are the item indices of a micro-batch, `waiting` the items of no step."""
@@ -52,16 +86,14 @@ def plan_window(
 ) -> WindowPlan:
     """Pack a window and cut it into whole steps.
 
-    Bins that hold the oldest items go first, then the fullest, so no item waits for ever and what waits is the least full. First-
-    fit-decreasing puts the short items, which are mostly target, into the same bins: those that go are therefore dealt out to the
-    steps by `weights`, so that the steps are alike.
+    Bins that hold the oldest items go first, then the fullest, so no item waits for ever and what waits is the least full.
 
     Args:
         lengths: tokens of each item.
         ages: the window in which each item was drawn; smaller is older.
         weights: trained tokens of each item.
     """
-    bins = first_fit_decreasing(lengths, budget)
+    bins = pack_evenly(lengths, weights, budget)
     bins.sort(key=lambda items: (min(ages[i] for i in items), -sum(lengths[i] for i in items), items[0]))
     count = len(bins) // bins_per_step
     going, left = bins[: count * bins_per_step], bins[count * bins_per_step :]

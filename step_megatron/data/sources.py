@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from step_megatron.config.schema import SourceConfig
-from step_megatron.data.schema import Audio, Conversation, ConversationFile
+from step_megatron.data.schema import Audio, Conversation, ConversationFile, Text
 
 NOT_INDEXED = "clip not in the audio index"
 
@@ -60,7 +60,7 @@ class TrainingSources:
     def conversation(self, source: int, index: int) -> Conversation:
         """A usable sample, its addresses as the audio index knows them."""
         file = self._files[source]
-        return self._located(file[int(self._rows[source][index])], file.path)
+        return located(file[int(self._rows[source][index])], file.path, self._index_dir)
 
     def leave_out(self, name: str, reason: str, remedy: str) -> None:
         """Count a sample that cannot be trained on; once, however many epochs meet it."""
@@ -72,7 +72,7 @@ class TrainingSources:
         """Validate every line of a file; the rows whose clips are all known. `known` collects the answers for each clip."""
         rows = []
         for row, conversation in enumerate(file):
-            clips = self._located(conversation, file.path).audio_addresses()
+            clips = located(conversation, file.path, self._index_dir).audio_addresses()
             if clips and has_tokens is None:
                 raise DataError(
                     f"{file.path}: {conversation.id!r} has audio, but there is no audio index; "
@@ -88,14 +88,18 @@ class TrainingSources:
                 rows.append(row)
         return np.array(rows, np.int64)
 
-    def _located(self, conversation: Conversation, path: Path) -> Conversation:
-        """The conversation with addresses relative to the index's folder; absolute where its file lies in another one."""
-        folder = os.path.dirname(os.path.abspath(path))
-        if self._index_dir is None or folder == self._index_dir:
-            return conversation
 
-        def located(item):
-            return Audio(os.path.join(folder, item.address)) if isinstance(item, Audio) else item
+def located(conversation: Conversation, path: str | Path, index_dir: str | Path | None) -> Conversation:
+    """A conversation of the file `path` with its addresses as the index in `index_dir` knows them.
 
-        turns = tuple(replace(turn, content=tuple(map(located, turn.content))) for turn in conversation.turns)
-        return replace(conversation, turns=turns)
+    They stay relative where the file lies in the index's folder (None: it does), and are absolute where it lies in another one.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if index_dir is None or folder == os.path.abspath(index_dir):
+        return conversation
+
+    def moved(item: Text | Audio) -> Text | Audio:
+        return Audio(os.path.join(folder, item.address)) if isinstance(item, Audio) else item
+
+    turns = tuple(replace(turn, content=tuple(map(moved, turn.content))) for turn in conversation.turns)
+    return replace(conversation, turns=turns)

@@ -247,10 +247,10 @@ def _read_compact(path: Path, ranks: int) -> tuple[dict[str, int], list[int]]:
         sound = sound and all(0 <= qwen < ranks for number, qwen in enumerate(qwen_ids) if number not in special_ids)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise TokenizerError(
-            f"{path}: not a compact vocabulary ({error!r}); build it again with `step-megatron data prepare`"
+            f"{path}: not a compact vocabulary ({error!r}); build it again with `step-megatron data build`"
         ) from error
     if not sound:
         raise TokenizerError(
-            f"{path}: ids are doubled, missing or of another format; build it again with `step-megatron data prepare`"
+            f"{path}: ids are doubled, missing or of another format; build it again with `step-megatron data build`"
         )
     return specials, qwen_ids
