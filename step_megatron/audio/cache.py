@@ -68,7 +68,7 @@ class EncodedCache:
     Args:
         folder: where shards go; node-local and fast.
         fingerprint: of the encoder's weights and maths: other features never mix with these.
-        max_bytes: size that the fingerprint's folder may reach, up to one shard (an eighth of it, at most 256 MiB) for each writer.
+        max_bytes: size that the fingerprint's folder may reach, and one shard (an eighth, at most 256 MiB) more for each writer.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str, max_bytes: int):

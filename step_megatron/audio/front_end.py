@@ -32,6 +32,8 @@ from step_megatron.audio.errors import AudioError
 from step_megatron.audio.geometry import HOP_SAMPLES, SAMPLE_RATE, chunk_frames, chunk_lengths
 from step_megatron.audio.headers import AudioHeader, read_header
 
+# Raised when decoding or features change in a way that changes bits, so that older caches are not used.
+_REVISION = 1
 # Right padding of the released code: it makes the two tail frames.
 RIGHT_PADDING = 479
 _WINDOW = 400
@@ -126,6 +128,12 @@ class LogMelFrontEnd:
             (outputs,) = self._run("log_mel", wave=padded)
             features += [torch.from_dlpack(outputs[i]).clone() for i in range(len(batch))]
         return features
+
+    def fingerprint(self) -> str:
+        """What the bits of the features depend on: this file's revision, DALI's version, bands, kind of device."""
+        from nvidia import dali
+
+        return f"front-end-{_REVISION}-dali-{dali.__version__}-{self.mels}-{self.device.type}"
 
     def _check_length(self, seconds: float | None) -> None:
         if seconds is not None and seconds > self.max_seconds:
