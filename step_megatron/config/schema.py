@@ -92,6 +92,8 @@ class DataConfig:
     """What is read, and how it is packed."""
 
     sources: list[SourceConfig] = field(default_factory=list)
+    # Held-out sources whose loss is measured every `training.validation_interval` steps; empty measures none.
+    validation: list[SourceConfig] = field(default_factory=list)
     # Micro-batch size: packed tokens, never exceeded.
     tokens_per_micro_batch: int = 4096
     # Audio index written by `data validate`; conversations name clips, the index knows their length and hash.
@@ -126,8 +128,12 @@ class TrainingConfig:
     lr_schedule: Literal["cosine", "wsd", "constant", "linear"] = "cosine"
     # Steps of the final decay of `wsd`.
     wsd_decay_steps: int = 0
+    # Steps between two checkpoints; 0 saves at the end only (and when the run is told to stop).
     save_interval: int = 0
+    # Steps between two measurements of the validation loss; 0 measures at the end only.
     validation_interval: int = 0
+    # Micro-batches of one measurement over all data-parallel ranks; the same ones each time.
+    validation_micro_batches: int = 8
 
 
 @dataclass

@@ -10,12 +10,14 @@ A line holds, for the steps since the line before:
     failed_clips, skipped_updates
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
 from step_megatron.runtime.device import Runtime
+from step_megatron.runtime.flops import model_flops_utilisation
+from step_megatron.runtime.metrics import peak_memory_bytes
 from step_megatron.training.batch import TrainingBatch
 
 # Encoder frames of one second of audio.
@@ -28,12 +30,14 @@ class Meter:
     Args:
         sources: names of the mixture's sources.
         runtime: where this rank stands; each count is contributed by one rank of a replica.
-        flops: floating-point operations of the model (forward and backward) for the given packed segments.
-        peak_flops: of all devices of the run together, per second; None when unknown.
+        flops: floating-point operations, forward and backward, that the model needs for a micro-batch.
+        peak: of one device, per second; None when unknown.
     """
 
-    def __init__(self, sources: Sequence[str], runtime: Runtime, flops, peak_flops: float | None):
-        self._sources, self._runtime, self._flops, self._peak = tuple(sources), runtime, flops, peak_flops
+    def __init__(
+        self, sources: Sequence[str], runtime: Runtime, flops: Callable[[TrainingBatch], float], peak: float | None = None
+    ):
+        self._sources, self._runtime, self._flops, self._peak = tuple(sources), runtime, flops, peak
         self._reset()
 
     def _reset(self) -> None:
@@ -71,7 +75,7 @@ class Meter:
             sums += report["sums"]
         return self._named(self._over_all_ranks(sums))
 
-    def flush(self, learning_rate: float) -> dict[str, float]:
+    def flush(self, learning_rate: float) -> dict[str, float | None]:
         """One line of metrics over all ranks, and start again from zero. Every rank calls this and gets the same line."""
         values = self._named(self._over_all_ranks(self._losses))
         runtime = self._runtime
@@ -79,7 +83,7 @@ class Meter:
         counts = [self._tokens, self._padding, self._frames, self._failed, self._operations]
         totals = torch.tensor([count * one_of_replica for count in counts], dtype=torch.float64, device=runtime.device)
         dist.all_reduce(totals)
-        slowest = torch.tensor([self._seconds, self._peak_memory()], dtype=torch.float64, device=runtime.device)
+        slowest = torch.tensor([self._seconds, peak_memory_bytes(runtime.device)], dtype=torch.float64, device=runtime.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         tokens, padding, frames, failed, operations = totals.tolist()
         seconds, memory = slowest.tolist()
@@ -92,11 +96,10 @@ class Meter:
             "step_seconds": seconds / self._steps,
             "model_flops_per_second": operations / seconds,
             "peak_memory_gib": memory / 2**30,
+            "mfu": model_flops_utilisation(operations, seconds, runtime.world_size, self._peak),
             "failed_clips": failed,
             "skipped_updates": float(self._skipped),
         }
-        if self._peak:
-            values["mfu"] = operations / seconds / self._peak
         self._reset()
         return values
 
@@ -111,10 +114,3 @@ class Meter:
     def _named(self, sums: torch.Tensor) -> dict[str, float]:
         rows = [("loss", sums.sum(0)), *((f"loss/{name}", row) for name, row in zip(self._sources, sums, strict=True))]
         return {name: (row[0] / row[1]).item() for name, row in rows if row[1] > 0}
-
-    def _peak_memory(self) -> int:
-        if self._runtime.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._runtime.device)
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

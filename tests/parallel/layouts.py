@@ -119,7 +119,7 @@ def make_trainer(config: Config, runtime, state, packed: bool = True):
 
     trainer = Trainer(
         config, runtime, state.model, state.optimizer, state.scheduler, SOURCES, next_batches, None,
-        Meter(SOURCES, runtime, lambda batch: 0.0, None), lambda trainer: None, lambda step, values: None,
+        Meter(SOURCES, runtime, lambda batch: 0.0), lambda trainer: None, lambda step, values: None,
         lambda step, values: None, Interruption(dist.group.WORLD),
     )  # fmt: skip
     return trainer

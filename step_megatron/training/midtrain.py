@@ -1,0 +1,279 @@
+"""Mid-training, from a configuration to a trained run: `midtrain(config)` under torchrun or in one process.
+
+A run directory holds all there is to know about a run:
+
+    config.yaml, run.json      the resolved configuration; versions, layout and seed
+    metrics.jsonl, tensorboard one line every `run.log_interval` steps
+    checkpoints/               see `checkpoint.distributed`
+    quarantine.jsonl           clips that failed while training
+
+Calling it again on the same directory goes on from the newest checkpoint: the same batches, the same numbers as without the stop.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from step_megatron.audio.cache import EncodedClip
+from step_megatron.audio.encode_once import EncodedAudio, open_encoded_audio
+from step_megatron.audio.index import AudioIndex
+from step_megatron.checkpoint.distributed import latest_checkpoint, load_checkpoint, save_checkpoint
+from step_megatron.config import save
+from step_megatron.config.load import ConfigError
+from step_megatron.config.schema import Config
+from step_megatron.data.loader import MixtureLoader
+from step_megatron.data.micro_batch import MicroBatch
+from step_megatron.data.tokenizer import Tokenizer
+from step_megatron.model.encoder import build_encoder
+from step_megatron.runtime.device import Runtime, initialize, shutdown
+from step_megatron.runtime.flops import device_peak, training_flops
+from step_megatron.runtime.metrics import MetricsWriter
+from step_megatron.runtime.progress import Progress, get_logger
+from step_megatron.training.batch import TrainingBatch, to_device
+from step_megatron.training.interruption import Interruption
+from step_megatron.training.loop import Trainer, train
+from step_megatron.training.meter import Meter
+from step_megatron.training.optimizer import settled_parameters
+from step_megatron.training.state import TrainState, build_state
+
+logger = get_logger(__name__)
+
+
+def midtrain(config: Config) -> dict[str, Any]:
+    """Train, or go on with, the run of `config.run.dir`; every rank calls this.
+
+    Returns:
+        `run_dir`, `checkpoint`, `steps`, `seconds` of this call, `interrupted` (a signal's name, or None), and the last line of
+        metrics; the same on every rank.
+
+    Raises:
+        ConfigError, ValueError: settings or data that cannot be used; the message names the key or the file.
+    """
+    started = time.perf_counter()
+    runtime = initialize(config)
+    try:
+        group = dist.group.WORLD if runtime.backend == "gloo" else dist.new_group(backend="gloo")
+        with Interruption(group) as interruption:
+            trainer = build_trainer(config, runtime, interruption)
+            run(trainer)
+        return {
+            "run_dir": config.run.dir,
+            "checkpoint": str(latest_checkpoint(config.run.dir)),
+            "steps": trainer.step,
+            "seconds": round(time.perf_counter() - started, 3),
+            "interrupted": interruption.signal_name,
+            **trainer.last,
+        }
+    finally:
+        shutdown()
+
+
+def encode(config: Config) -> int:
+    """Encode every clip of a recipe into the cache, shared over the ranks; every rank calls this.
+
+    Returns:
+        Clips that the cache holds.
+
+    Raises:
+        ConfigError: the recipe keeps no cache, so there is nowhere to put them.
+    """
+    if config.audio.cache == "off":
+        raise ConfigError("audio.cache=off: encoded clips are not kept; set audio.cache=on to encode beforehand")
+    config = dataclasses.replace(config, audio=dataclasses.replace(config.audio, cache="on"))
+    runtime = initialize(config)
+    try:
+        index = AudioIndex.load(config.data.index)
+        loader = MixtureLoader(config, load_tokenizer(config), index, runtime.dp_rank, runtime.dp_size)
+        audio = open_audio(config, runtime, index, loader)
+        return 0 if audio.cache is None else len(audio.cache)
+    finally:
+        shutdown()
+
+
+def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) -> Trainer:
+    """Everything of a run, at the step of its newest checkpoint or at step 0; collective over all ranks."""
+    if not config.data.sources:
+        raise ConfigError("data.sources is empty; name at least one source: [{name: speech, path: train.jsonl, weight: 1}]")
+    tokenizer = load_tokenizer(config)
+    index = AudioIndex.load(config.data.index) if config.data.index else None
+    place = (runtime.dp_rank, runtime.dp_size, runtime.device.type == "cuda")
+    loader = MixtureLoader(config, tokenizer, index, *place)
+    held_out = _held_out(config)
+    validation = MixtureLoader(held_out, tokenizer, index, *place) if held_out else None
+    audio = open_audio(config, runtime, index, loader) if index is not None else None
+    state = build_state(config, runtime.control_group)
+    step, extra = 0, {}
+    checkpoint = latest_checkpoint(config.run.dir)
+    if checkpoint is not None:
+        step, extra = load_checkpoint(checkpoint, state.model, state.optimizer, state.scheduler)
+        loader.load_state_dict(extra["loader"])
+        logger.info("going on from %s", checkpoint)
+    sources = tuple(dict.fromkeys([*loader.source_names, *(validation.source_names if validation else ())]))
+    on_device = partial(_on_device, audio=audio, sources=sources, encoder_width=config.encoder.width, runtime=runtime)
+    metrics = MetricsWriter(config.run.dir, config, step)
+    return Trainer(
+        config=config,
+        runtime=runtime,
+        model=state.model,
+        optimizer=state.optimizer,
+        scheduler=state.scheduler,
+        sources=sources,
+        next_batches=lambda: on_device(loader.next_step()),
+        validation_batches=_validation_batches(validation, on_device) if validation else None,
+        meter=Meter(sources, runtime, flops_of(config, state), device_peak(runtime.device)),
+        save=partial(_save, loader=loader),
+        report=metrics.write,
+        advance=lambda step, values: None,
+        interruption=interruption,
+        step=step,
+    )
+
+
+def run(trainer: Trainer) -> None:
+    """Train to the end, with a record of the run and a progress line."""
+    config, runtime = trainer.config, trainer.runtime
+    if runtime.rank == 0:
+        write_record(config, runtime)
+    if trainer.step >= config.training.steps:
+        logger.info("%s has all of its %d steps; raise training.steps to go on", config.run.dir, config.training.steps)
+        return
+    with Progress(config.training.steps - trainer.step, "midtrain", "steps") as bar:
+        trainer.advance = lambda step, values: bar.update(1, f"step {step}  loss {values.get('loss', float('nan')):.4f}")
+        train(trainer)
+    if trainer.interruption.signal_name:
+        logger.warning(
+            "%s: stopped at step %d and saved; run the same command again to go on", trainer.interruption.signal_name, trainer.step
+        )
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+    """The run's tokenizer.
+
+    Raises:
+        ConfigError: none is named, or it has more tokens than the model has rows.
+    """
+    if not config.tokenizer.path:
+        raise ConfigError("tokenizer.path is not set; give the folder that `step-megatron data build` wrote, or one of Qwen's")
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    if tokenizer.size > config.model.vocabulary_size:
+        raise ConfigError(
+            f"model.vocabulary_size={config.model.vocabulary_size} is smaller than the {tokenizer.size} tokens of "
+            f"{config.tokenizer.path}; raise it"
+        )
+    return tokenizer
+
+
+def flops_of(config: Config, state: TrainState) -> Callable[[TrainingBatch], int]:
+    """Operations that training on a micro-batch needs, given what is frozen (on any rank: a stage alone may have no adaptor)."""
+    names = [name for chunk in state.model for name, parameter in chunk.named_parameters() if parameter.requires_grad]
+    flags = torch.tensor([any("adaptor" not in name for name in names), any("adaptor" in name for name in names)], dtype=torch.int32)
+    flags = flags.to(next(state.model[0].parameters()).device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    decoder_trained, adaptor_trained = (bool(flag) for flag in flags.tolist())
+
+    def flops(batch: TrainingBatch) -> int:
+        *lengths, last = batch.model.packed.segment_lengths
+        segments = [*lengths, max(0, last - batch.padding)]
+        return training_flops(
+            config, segments, batch.model.encoder_frames, decoder_trained=decoder_trained, adaptor_trained=adaptor_trained
+        )
+
+    return flops
+
+
+def write_record(config: Config, runtime: Runtime) -> None:
+    """Write `config.yaml` and `run.json` into the run directory."""
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    save(config, folder / "config.yaml")
+    packages = ("step-megatron", "torch", "megatron-core", "numpy", "nvidia-dali-cuda130")
+    record = {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "device": str(runtime.device.type),
+        "backend": runtime.backend,
+        "layout": {name: getattr(runtime, f"{name}_size") for name in ("tp", "pp", "cp", "dp")},
+        "seed": config.run.seed,
+    }
+    (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _on_device(
+    micro_batches: list[MicroBatch], audio: EncodedAudio | None, sources: tuple[str, ...], encoder_width: int, runtime: Runtime
+) -> list[TrainingBatch]:
+    """Fetch the clips of a replica's micro-batches (collective), and put the micro-batches on the device."""
+    clips: Mapping[str, EncodedClip | None] = {}
+    if audio is not None:
+        clips = audio.fetch([span.address for batch in micro_batches for span in batch.audio])
+    return [to_device(batch, clips, sources, encoder_width, runtime) for batch in micro_batches]
+
+
+def _held_out(config: Config) -> Config | None:
+    """The configuration of the validation loader: one step of it is one measurement."""
+    if not config.data.validation:
+        return None
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, sources=config.data.validation),
+        training=dataclasses.replace(config.training, micro_batches_per_step=config.training.validation_micro_batches),
+    )
+
+
+def _validation_batches(
+    loader: MixtureLoader, on_device: Callable[[list[MicroBatch]], list[TrainingBatch]]
+) -> Callable[[], list[TrainingBatch]]:
+    """The same micro-batches at every call; only their plan is kept, not their audio."""
+    micro_batches = loader.next_step()
+    return lambda: on_device(micro_batches)
+
+
+def open_audio(config: Config, runtime: Runtime, index: AudioIndex, loader: MixtureLoader) -> EncodedAudio:
+    """The encoder with its cache; encodes now what the run will use, unless it streams."""
+    encoder = build_encoder(config.encoder, config.audio.encoder_block, config.adaptor.compat, config.run.seed)
+    audio = open_encoded_audio(config, encoder.to(runtime.device), index, runtime, _passes(config, loader))
+    if audio.cache is not None:
+        conversations = (
+            loader.sources.conversation(source, row)
+            for source in range(len(loader.source_names))
+            for row in range(loader.sources.size(source))
+        )
+        audio.prepare(list(dict.fromkeys(clip for conversation in conversations for clip in conversation.audio_addresses())))
+    return audio
+
+
+def _passes(config: Config, loader: MixtureLoader) -> float:
+    """About how often the run sees its data, the same on every rank: samples of the first step times steps, over all samples."""
+    start = loader.state_dict()
+    samples = sum(len(batch.sample_ids) for batch in loader.next_step()) * loader.dp_size
+    loader.load_state_dict(start)
+    total = sum(loader.sources.size(source) for source in range(len(loader.source_names)))
+    passes = [samples * config.training.steps / total]
+    dist.broadcast_object_list(passes)
+    return passes[0]
+
+
+def _save(trainer: Trainer, loader: MixtureLoader) -> None:
+    with settled_parameters(trainer.model):
+        save_checkpoint(
+            trainer.config.run.dir,
+            trainer.step,
+            trainer.model,
+            trainer.optimizer,
+            trainer.scheduler,
+            {"loader": loader.state_dict()},
+        )
