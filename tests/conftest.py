@@ -24,6 +24,9 @@ settings.load_profile("repeatable")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: minutes long; `tests/run.sh --full` runs it")
+    # Megatron and torch say at import what `step-megatron doctor` says once.
+    for message in ("Transformer Engine and Apex are not installed", "The following imports from", "`torch.jit"):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
 @pytest.fixture(scope="session")

@@ -69,8 +69,9 @@ def initialize(config: Config) -> Runtime:
         config: `run` chooses device, backend, threads and seed; the parallel sizes are those of `megatron.transformer`.
 
     Raises:
-        RuntimeError: no such device, another Megatron-Core release, or a runtime that is already initialised.
-        ValueError: a world size that the layout does not divide, or a backend that the device cannot use.
+        ValueError: no such device, a world size that the layout does not divide, or a backend that the device cannot use.
+        ImportError: Megatron-Core is missing or another release than the tested one.
+        RuntimeError: the runtime is already initialised.
     """
     global _runtime
     if _runtime is not None:
@@ -82,7 +83,7 @@ def initialize(config: Config) -> Runtime:
     device = _device(config.run.device, local_rank)
     backend = _backend(config.run.backend, device)
     megatron_cpu.install()
-    threads = config.run.threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    threads = _threads(config.run.threads, len(os.sched_getaffinity(0)), local_world_size)
     torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -163,14 +164,14 @@ def _layout(config: Config, world_size: int) -> _Layout:
 def _device(wanted: str, local_rank: int) -> torch.device:
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
-        raise RuntimeError("run.device is cuda, but torch sees no CUDA device; use run.device=cpu, or see `step-megatron doctor`")
+        raise ValueError("run.device is cuda, but torch sees no CUDA device; use run.device=cpu, or see `step-megatron doctor`")
     if wanted == "cpu" and available:
         # Megatron places tensors on the CUDA device whenever there is one.
-        raise RuntimeError("run.device is cpu, but CUDA is visible and Megatron-Core would use it; set CUDA_VISIBLE_DEVICES=''")
+        raise ValueError("run.device is cpu, but CUDA is visible and Megatron-Core would use it; set CUDA_VISIBLE_DEVICES=''")
     if not available:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise RuntimeError(
+        raise ValueError(
             f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; "
             "start at most that many processes on a node"
         )
@@ -183,6 +184,10 @@ def _backend(wanted: str, device: torch.device) -> str:
     if wanted == "nccl" and device.type == "cpu":
         raise ValueError("run.backend is nccl, which moves GPU memory only, but the device is the CPU; use run.backend=gloo")
     return wanted
+
+
+def _threads(wanted: int, cores: int, local_world_size: int) -> int:
+    return wanted or max(1, cores // local_world_size)
 
 
 def _join(backend: str, rank: int, world_size: int) -> None:

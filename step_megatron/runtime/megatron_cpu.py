@@ -7,10 +7,8 @@ changes nothing where CUDA is available. `uninstall()` puts torch back. Each adj
 (`tests/runtime/test_megatron_cpu.py`).
 """
 
-import contextlib
 import functools
 import logging
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,54 +16,12 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like")
+# The tensor factories that Megatron calls with a literal "cuda".
+_FACTORIES = ("tensor", "zeros", "ones", "empty_like")
+_RANDOM_LOGGER = "megatron.core.tensor_parallel.random"
 
 # (owner, attribute) -> what was there before `install()`; empty when the adapter is not installed.
 originals: dict[tuple[Any, str], Any] = {}
-
-
-class _Event:
-    """Stands in for `torch.cuda.Event`: on a CPU every earlier operation has already finished."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def record(self, *args: Any) -> None:
-        pass
-
-    def wait(self, *args: Any) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, end: "_Event") -> float:
-        return 0.0
-
-
-class _Stream(_Event):
-    """Stands in for `torch.cuda.Stream`: there is one order of execution."""
-
-    device = _CPU
-    cuda_stream = 0
-
-    def wait_stream(self, stream: "_Stream") -> None:
-        pass
-
-    def wait_event(self, event: _Event) -> None:
-        pass
-
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event or _Event()
-
-    def __enter__(self) -> "_Stream":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        pass
 
 
 def _is_cuda(device: Any) -> bool:
@@ -98,6 +54,15 @@ def _tensor_type(original: Callable) -> Callable:
     return type_
 
 
+def _init_data(original: Callable) -> Callable:
+    """Wrap `ShardedTensor.init_data(device)`: its default `torch.empty` was bound when Megatron was imported."""
+
+    def init_data(self: Any, device: Any, *args: Any, **kwargs: Any) -> None:
+        return original(self, _CPU if _is_cuda(device) else device, *args, **kwargs)
+
+    return init_data
+
+
 def _get_rng_state(device: Any = "cuda") -> torch.Tensor:
     return torch.get_rng_state()
 
@@ -110,38 +75,28 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
-
-
 def _adjustments() -> list[tuple[Any, str, Any]]:
     """Every replacement as (owner, attribute, replacement)."""
-    import megatron.core.jit
     import megatron.core.tensor_parallel.random as megatron_random
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from torch._dynamo import config as dynamo
 
     cuda = torch.cuda
-    stream = _Stream()
     table: list[tuple[Any, str, Any]] = [
         # Used as `device=torch.cuda.current_device()`: the value has to be a device, not an index.
         (cuda, "current_device", lambda: _CPU),
-        (cuda, "synchronize", _nothing),
-        (cuda, "empty_cache", _nothing),
-        (cuda, "set_device", _nothing),
-        (cuda, "Event", _Event),
-        (cuda, "Stream", _Stream),
-        (cuda, "stream", lambda stream: contextlib.nullcontext()),
-        (cuda, "current_stream", lambda device=None: stream),
-        (cuda, "default_stream", lambda device=None: stream),
+        (cuda, "synchronize", lambda device=None: None),
         (torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
         (torch.Tensor, "type", _tensor_type(torch.Tensor.type)),
+        (ShardedTensor, "init_data", _init_data(ShardedTensor.init_data)),
         # One generator plays both the host's and the device's: Megatron saves, seeds and restores it by turns.
         (cuda, "manual_seed", _manual_seed),
         (cuda, "get_rng_state", _get_rng_state),
-        (cuda, "set_rng_state", _set_rng_state),
         (cuda.random, "get_rng_state", _get_rng_state),
         (megatron_random, "_set_cuda_rng_state", _set_rng_state),
-        # Compiling Megatron's tiny helpers costs minutes on a CPU and gains nothing.
-        (megatron.core.jit, "jit_fuser", megatron.core.jit.noop_decorator),
+        # Megatron compiles its small helpers (`jit_fuser`): on a CPU that costs minutes and gains nothing. Read at each call, so
+        # that helpers of modules that were imported before run as written as well.
+        (dynamo, "disable", True),
     ]
     return table + [(torch, name, _factory(getattr(torch, name))) for name in _FACTORIES]
 
@@ -161,12 +116,7 @@ def install() -> bool:
         return False
     if originals:
         return True
-    # Both are needed: the variable for what is imported later, the setting for what `torch.compile` has wrapped already.
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    from torch._dynamo import config as dynamo
-
-    dynamo.disable = True
-    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_host_generator_is_the_device_generator)
+    logging.getLogger(_RANDOM_LOGGER).addFilter(_host_generator_is_the_device_generator)
     for owner, name, replacement in _adjustments():
         originals[owner, name] = getattr(owner, name)
         setattr(owner, name, replacement)
@@ -178,4 +128,4 @@ def uninstall() -> None:
     for (owner, name), original in originals.items():
         setattr(owner, name, original)
     originals.clear()
-    logging.getLogger("megatron.core.tensor_parallel.random").removeFilter(_host_generator_is_the_device_generator)
+    logging.getLogger(_RANDOM_LOGGER).removeFilter(_host_generator_is_the_device_generator)

@@ -28,15 +28,15 @@ def check_version(installed: str | None = None) -> None:
     """Check that the Megatron-Core that is installed is the one this release of the project was tested with.
 
     Raises:
-        RuntimeError: when it is missing or another release; the message holds the command that repairs it.
+        ImportError: when it is missing or another release; the message holds the command that repairs it.
     """
     if installed is None:
         try:
             installed = importlib.metadata.version("megatron-core")
         except importlib.metadata.PackageNotFoundError:
-            raise RuntimeError(f"megatron-core is not installed; run: pip install megatron-core=={TESTED_RELEASE}") from None
+            raise ImportError(f"megatron-core is not installed; run: pip install megatron-core=={TESTED_RELEASE}") from None
     if installed != TESTED_RELEASE:
-        raise RuntimeError(
+        raise ImportError(
             f"megatron-core {installed} is installed, but step-megatron is tested with {TESTED_RELEASE} only; "
             f"run: pip install megatron-core=={TESTED_RELEASE}"
         )

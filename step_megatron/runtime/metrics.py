@@ -33,7 +33,7 @@ class MetricsWriter:
             that the record is that of one uninterrupted run.
 
     Raises:
-        RuntimeError: `run.wandb_project` is set and wandb is not installed.
+        ImportError: `run.wandb_project` is set and wandb is not installed.
     """
 
     def __init__(self, run_dir: str | Path, config: Config, resume_step: int = 0) -> None:
@@ -133,7 +133,7 @@ def _start_wandb(folder: Path, config: Config) -> Any:
     try:
         import wandb
     except ImportError:
-        raise RuntimeError(
+        raise ImportError(
             "run.wandb_project is set, but wandb is not installed; "
             "run: pip install 'step-megatron[wandb]', or leave the setting empty"
         ) from None

@@ -86,7 +86,7 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
 
 def test_wandb_missing_is_said_with_the_remedy_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(RuntimeError, match=r"step-megatron\[wandb\]"):
+    with pytest.raises(ImportError, match=r"step-megatron\[wandb\]"):
         MetricsWriter(tmp_path, quiet(wandb_project="speech"))
     assert not (tmp_path / "metrics.jsonl").exists()
 
