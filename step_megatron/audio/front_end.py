@@ -23,7 +23,8 @@ Source: Step-Audio-R1 `utils.py`; transformers' `WhisperFeatureExtractor`.
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ RIGHT_PADDING = 479
 _WINDOW = 400
 # One DALI batch: enough clips to keep the threads busy, little enough memory (a 25 s chunk needs 2 MB of spectrogram).
 _BATCH_CLIPS = 64
-_BATCH_BYTES = 64 << 20
+_BATCH_BYTES = 256 << 20
 _DALI_FORMATS = ("wav", "flac", "ogg")
 
 
@@ -58,6 +59,11 @@ class DecodedClip:
     sample_rate: int
     channels: int
     format: str
+
+    @property
+    def seconds(self) -> float:
+        """Duration."""
+        return len(self.waveform) / SAMPLE_RATE
 
 
 def split_chunks(waveform: np.ndarray) -> list[np.ndarray]:
@@ -87,25 +93,20 @@ class LogMelFrontEnd:
             data: encoded clips.
             names: their file names; only the extension counts, and only for formats without a header (g722).
         """
-        results: list[DecodedClip | AudioError | None] = [None] * len(data)
-        by_dali: dict[str, list[int]] = {"decode": [], "decode_resample": []}
-        headers: dict[int, AudioHeader] = {}
-        for i, clip in enumerate(data):
-            try:
-                headers[i] = read_header(clip, names[i] if names else "")
-                self._check_length(headers[i].seconds)
-                if headers[i].format in _DALI_FORMATS:
-                    by_dali["decode" if headers[i].rate == SAMPLE_RATE else "decode_resample"].append(i)
-                else:
-                    results[i] = self._decode_elsewhere(clip, headers[i])
-            except AudioError as error:
-                results[i] = error
-        for kind, clips in by_dali.items():
-            for batch in _batches(clips, [len(data[i]) for i in clips]):
-                decoded = self._decode_isolating(kind, [np.frombuffer(data[i], np.uint8) for i in batch])
-                for i, outcome in zip(batch, decoded, strict=True):
-                    results[i] = self._finish(outcome, headers[i])
-        return results
+        headers = [_attempt(read_header, clip, names[i] if names else "") for i, clip in enumerate(data)]
+        clips: list[DecodedClip | AudioError] = [_attempt(self._check_length, header) for header in headers]
+        by_dali = [i for i, header in enumerate(clips) if isinstance(header, AudioHeader) and header.format in _DALI_FORMATS]
+        for batch in _batches(by_dali, [_decoded_bytes(data[i], headers[i]) for i in by_dali]):
+            decoded = self._decode_isolating([np.frombuffer(data[i], np.uint8) for i in batch], [headers[i] for i in batch])
+            for i, clip in zip(batch, decoded, strict=True):
+                clips[i] = clip
+        others = [i for i, header in enumerate(clips) if isinstance(header, AudioHeader)]
+        with ThreadPoolExecutor(self.threads) as threads:
+            decoded = list(threads.map(lambda i: _attempt(_decode_elsewhere, data[i], headers[i], self.max_seconds), others))
+        for i, clip in zip(others, decoded, strict=True):
+            clips[i] = clip
+        clips = [_attempt(_checked, clip, header) for clip, header in zip(clips, headers, strict=True)]
+        return [_attempt(self._check_length, clip) for clip in self._resample(clips)]
 
     def log_mel(self, waveforms: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Log-mel features of chunks.
@@ -127,6 +128,9 @@ class LogMelFrontEnd:
             padded = [np.pad(waveforms[i].astype(np.float32, copy=False), (0, RIGHT_PADDING)) for i in batch]
             (outputs,) = self._run("log_mel", wave=padded)
             features += [torch.from_dlpack(outputs[i]).clone() for i in range(len(batch))]
+            if self.device.type == "cuda":
+                # The pipeline's next run writes where the copies still read from.
+                torch.cuda.current_stream(self.device).synchronize()
         return features
 
     def fingerprint(self) -> str:
@@ -135,61 +139,34 @@ class LogMelFrontEnd:
 
         return f"front-end-{_REVISION}-dali-{dali.__version__}-{self.mels}-{self.device.type}"
 
-    def _check_length(self, seconds: float | None) -> None:
-        if seconds is not None and seconds > self.max_seconds:
-            raise AudioError("too-long", f"{seconds:.1f} s; the limit is {self.max_seconds:g} s")
+    def _check_length(self, clip: AudioHeader | DecodedClip) -> AudioHeader | DecodedClip:
+        if clip.seconds is not None and clip.seconds > self.max_seconds:
+            raise AudioError("too-long", f"{clip.seconds:.1f} s; the limit is {self.max_seconds:g} s")
+        return clip
 
-    def _decode_isolating(self, kind: str, clips: list[np.ndarray]) -> list[tuple[np.ndarray, int, tuple[int, int]] | AudioError]:
-        """Run a decode pipeline; when it fails, halve the batch until every bad clip is alone."""
+    def _decode_isolating(self, data: list[np.ndarray], headers: list[AudioHeader]) -> list[DecodedClip | AudioError]:
+        """Decode a batch by DALI; when it fails, halve it until every bad clip is alone."""
         try:
-            waves, rates, shapes = self._run(kind, encoded=clips)
+            waves, rates, shapes = self._run("decode", encoded=data)
         except RuntimeError as error:
-            if len(clips) == 1:
+            if len(data) == 1:
                 return [AudioError("corrupt", _dali_reason(error))]
-            half = len(clips) // 2
-            return self._decode_isolating(kind, clips[:half]) + self._decode_isolating(kind, clips[half:])
-        return [(np.array(waves[i]), int(np.array(rates[i])), tuple(np.array(shapes[i]).tolist())) for i in range(len(clips))]
+            half = len(data) // 2
+            return self._decode_isolating(data[:half], headers[:half]) + self._decode_isolating(data[half:], headers[half:])
+        return [
+            DecodedClip(np.array(waves[i]), int(np.array(rates[i])), int(np.array(shapes[i])[1]), header.format)
+            for i, header in enumerate(headers)
+        ]
 
-    def _finish(
-        self, outcome: tuple[np.ndarray, int, tuple[int, int]] | AudioError, header: AudioHeader
-    ) -> DecodedClip | AudioError:
-        """Compare what was decoded with what the header promised."""
-        if isinstance(outcome, AudioError):
-            return outcome
-        waveform, rate, (frames, channels) = outcome
-        if header.rate == SAMPLE_RATE != rate:
-            waveform = self._resample(waveform, rate)
-        return self._checked(waveform, rate, channels, frames, header)
-
-    def _decode_elsewhere(self, clip: bytes, header: AudioHeader) -> DecodedClip | AudioError:
-        waveform, rate, channels = (
-            _decode_by_soundfile(clip) if header.format not in ("g722", "unknown") else _decode_by_av(clip, header)
-        )
-        frames = len(waveform)
-        if rate != SAMPLE_RATE and frames:
-            waveform = self._resample(waveform, rate)
-        return self._checked(waveform, rate, channels, frames, header)
-
-    def _checked(
-        self, waveform: np.ndarray, rate: int, channels: int, frames: int, header: AudioHeader
-    ) -> DecodedClip | AudioError:
-        if header.frames is not None and frames < header.frames:
-            return AudioError(
-                "truncated", f"the {header.format} header promises {header.frames} samples, {frames} could be decoded"
-            )
-        if not len(waveform):
-            return AudioError("empty", f"a {header.format} clip without samples")
-        if not np.isfinite(waveform).all():
-            return AudioError("corrupt", "samples that are not finite numbers")
-        try:
-            self._check_length(len(waveform) / SAMPLE_RATE)
-        except AudioError as error:
-            return error
-        return DecodedClip(waveform, rate, channels, header.format)
-
-    def _resample(self, waveform: np.ndarray, rate: int) -> np.ndarray:
-        (waves,) = self._run("resample", wave=[waveform], rate=[np.array(rate, np.float32)])
-        return np.array(waves[0])
+    def _resample(self, clips: list[DecodedClip | AudioError]) -> list[DecodedClip | AudioError]:
+        """Bring clips of other rates, still at their own, to 16 kHz."""
+        wrong = [i for i, clip in enumerate(clips) if isinstance(clip, DecodedClip) and clip.sample_rate != SAMPLE_RATE]
+        for batch in _batches(wrong, [clips[i].waveform.nbytes for i in wrong]):
+            rates = [np.array(clips[i].sample_rate, np.float32) for i in batch]
+            (waves,) = self._run("resample", wave=[clips[i].waveform for i in batch], rate=rates)
+            for place, i in enumerate(batch):
+                clips[i] = replace(clips[i], waveform=np.array(waves[place]))
+        return clips
 
     def _run(self, kind: str, **inputs: list[np.ndarray]) -> tuple:
         """Feed one batch to a pipeline and return its outputs; a pipeline that failed is dropped, DALI cannot use it again."""
@@ -219,7 +196,7 @@ def _batches(clips: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
 
 
 def _build(kind: str, mels: int, device: torch.device, threads: int):
-    """A DALI pipeline: `decode`, `decode_resample`, `resample` or `log_mel`."""
+    """A DALI pipeline: `decode`, `resample` or `log_mel`."""
     from nvidia.dali import Pipeline
 
     on_gpu = kind == "log_mel" and device.type == "cuda"
@@ -231,8 +208,7 @@ def _build(kind: str, mels: int, device: torch.device, threads: int):
         prefetch_queue_depth=1,
     )
     graphs: dict[str, Callable] = {
-        "decode": lambda: _decode_graph(resample=False),
-        "decode_resample": lambda: _decode_graph(resample=True),
+        "decode": _decode_graph,
         "resample": _resample_graph,
         "log_mel": lambda: _log_mel_graph(mels, on_gpu),
     }
@@ -242,14 +218,11 @@ def _build(kind: str, mels: int, device: torch.device, threads: int):
     return pipeline
 
 
-def _decode_graph(resample: bool) -> tuple:
+def _decode_graph() -> tuple:
     from nvidia.dali import fn, types
 
     audio, rate = fn.decoders.audio(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1), dtype=types.FLOAT)
-    first = audio[:, 0]
-    if resample:
-        first = fn.audio_resample(first, in_rate=rate, out_rate=float(SAMPLE_RATE))
-    return first, rate, audio.shape()
+    return audio[:, 0], rate, audio.shape()
 
 
 def _resample_graph() -> tuple:
@@ -288,33 +261,67 @@ def _log_mel_graph(mels: int, on_gpu: bool) -> tuple:
     return ((math.max(log, fn.reductions.max(log) - 8.0) + 4.0) * 0.25,)
 
 
-def _decode_by_soundfile(clip: bytes) -> tuple[np.ndarray, int, int]:
-    """First channel, rate and channel count."""
+def _attempt(function: Callable, clip: object, *arguments: object):
+    """`function(clip, ...)`, or the error that it raises or was given."""
+    try:
+        return clip if isinstance(clip, AudioError) else function(clip, *arguments)
+    except AudioError as error:
+        return error
+
+
+def _checked(clip: DecodedClip, header: AudioHeader) -> DecodedClip:
+    """Hold a decoded clip, still at its own rate, against its header."""
+    frames = len(clip.waveform)
+    if header.frames is not None and frames < header.frames:
+        raise AudioError("truncated", f"the {header.format} header promises {header.frames} samples, {frames} could be decoded")
+    if not frames:
+        raise AudioError("empty", f"a {header.format} clip without samples")
+    if not np.isfinite(clip.waveform).all():
+        raise AudioError("corrupt", "samples that are not finite numbers")
+    return clip
+
+
+def _decoded_bytes(data: bytes, header: AudioHeader) -> int:
+    """Memory that decoding takes; a clip whose header tells no length is taken to be compressed 16 times."""
+    return 4 * header.frames * (header.channels or 1) if header.frames else 16 * len(data)
+
+
+def _decode_elsewhere(data: bytes, header: AudioHeader, max_seconds: float) -> DecodedClip:
+    by_av = header.format == "g722" or header.frames is None
+    return _decode_by_av(data, header, max_seconds) if by_av else _decode_by_soundfile(data, header)
+
+
+def _decode_by_soundfile(data: bytes, header: AudioHeader) -> DecodedClip:
     import soundfile
 
     try:
-        samples, rate = soundfile.read(io.BytesIO(clip), dtype="float32", always_2d=True)
+        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except RuntimeError as error:
         raise AudioError("corrupt", str(error)) from error
-    return np.ascontiguousarray(samples[:, 0]), rate, samples.shape[1]
+    return DecodedClip(np.ascontiguousarray(samples[:, 0]), rate, samples.shape[1], header.format)
 
 
-def _decode_by_av(clip: bytes, header: AudioHeader) -> tuple[np.ndarray, int, int]:
-    """First channel, rate and channel count, for raw g722 and for containers that only FFmpeg reads."""
+def _decode_by_av(data: bytes, header: AudioHeader, max_seconds: float) -> DecodedClip:
+    """Decode raw g722, and containers that only FFmpeg reads."""
     import av
 
+    parts: list[np.ndarray] = []
     try:
-        with av.open(io.BytesIO(clip), format="g722" if header.format == "g722" else None) as container:
+        with av.open(io.BytesIO(data), format="g722" if header.format == "g722" else None) as container:
             if not container.streams.audio:
                 raise AudioError("corrupt", "no audio stream")
             stream = container.streams.audio[0]
             to_float = av.AudioResampler(format="fltp")
-            frames = [part for frame in container.decode(stream) for part in to_float.resample(frame)]
+            left = max_seconds * stream.rate
+            for frame in container.decode(stream):
+                parts += [part.to_ndarray()[0] for part in to_float.resample(frame)]
+                left -= frame.samples
+                if left < 0:
+                    raise AudioError("too-long", f"more than {max_seconds:g} s")
             channels, rate = stream.channels, stream.rate
     except (av.FFmpegError, ValueError) as error:
         raise AudioError("corrupt", f"not audio that DALI, soundfile or FFmpeg can read ({error})") from error
-    samples = [frame.to_ndarray()[0] for frame in frames]
-    return np.concatenate(samples) if samples else np.zeros(0, np.float32), rate, channels
+    return DecodedClip(np.concatenate(parts) if parts else np.zeros(0, np.float32), rate, channels, header.format)
 
 
 def _dali_reason(error: RuntimeError) -> str:

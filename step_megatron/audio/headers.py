@@ -12,6 +12,9 @@ from step_megatron.audio.errors import AudioError
 
 # Writers that cannot seek back (pipes) leave a data size of this or more: "until the end of the file".
 _WAV_SIZE_UNKNOWN = 0x7FFF0000
+# Codec numbers that libsndfile, and so DALI, reads: PCM, float, A-law, mu-law, extensible; ADPCM, GSM.
+_WAV_PLAIN_CODECS = (1, 3, 6, 7, 0xFFFE)
+_WAV_PACKED_CODECS = (2, 0x11, 0x31, 0x40)
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class AudioHeader:
         format: `wav`, `flac`, `ogg`, `g722`, or soundfile's name of the format in lower case; `unknown` is left to PyAV.
         rate: Hz, or None when the header does not say.
         channels: or None.
-        frames: samples a channel at `rate`, or None.
+        frames: samples a channel at `rate`, or None where the header does not tell: then FFmpeg or DALI finds out.
     """
 
     format: str
@@ -76,7 +79,9 @@ def _read_wav(data: bytes) -> AudioHeader:
             long_size = struct.unpack_from("<Q", data, body + 8)[0]
         elif chunk == b"fmt ":
             code, channels, rate, _, block = struct.unpack_from("<HHIIH", data, body)
-            pcm = code in (1, 3, 6, 7, 0xFFFE)
+            if code not in _WAV_PLAIN_CODECS + _WAV_PACKED_CODECS:
+                return AudioHeader("unknown")
+            pcm = code in _WAV_PLAIN_CODECS
             if not (channels and rate and block):
                 raise AudioError("corrupt", f"wav header with {channels} channels, {rate} Hz, {block} bytes a frame")
         elif chunk == b"data":
@@ -133,4 +138,14 @@ def _read_by_soundfile(data: bytes) -> AudioHeader:
         info = soundfile.info(io.BytesIO(data))
     except (RuntimeError, TypeError):
         return AudioHeader("unknown")
-    return AudioHeader(info.format.lower(), info.samplerate, info.channels, info.frames)
+    # Without its length tag a VBR mp3's length is a guess that soundfile would cut the clip at; FFmpeg reads to the end.
+    known = info.format != "MP3" or _has_length_tag(data)
+    return AudioHeader(info.format.lower(), info.samplerate, info.channels, info.frames if known else None)
+
+
+def _has_length_tag(data: bytes) -> bool:
+    """Whether the first frame of an mp3, behind its ID3 tag, is one of the frames that tell the length."""
+    first = 0
+    if data[:3] == b"ID3":
+        first = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
+    return any(tag in data[first : first + 200] for tag in (b"Xing", b"Info", b"VBRI"))
