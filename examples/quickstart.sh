@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Trains an audio language model on real speech, end to end, and shows that it listens.
+#
+#   bash examples/quickstart.sh [CLIPS]
+#
+# Fetches open recordings and a pre-trained Whisper encoder, encodes the clips once, mid-trains a small decoder with tensor
+# parallelism over two processes, evaluates on held-out clips and writes runs/quickstart/report.html. On a CPU by default.
+# Safe to interrupt and run again: what is finished is kept. CLIPS (for example 200) takes only so many clips, for a quick look.
+#
+# STEP_VENV  the environment to use (default .venv)      STEP_DATA  the folder of downloads (default data)
+# STEP_RUN   the run's folder (default runs/quickstart)  STEP_RANKS processes to train with (default 2)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+clips="${1:-}"
+export STEP_DATA="${STEP_DATA:-data}"
+run="${STEP_RUN:-runs/quickstart}"
+ranks="${STEP_RANKS:-2}"
+open="$STEP_DATA/open-speech${clips:+-$clips}"
+recipe=(--config examples/recipes/quickstart.yaml "run.dir=$run" "tokenizer.path=$open/tokenizer" "data.index=$open/index.jsonl"
+    "audio.cache_dir=$open/encoded"
+    "encoder.weights=$STEP_DATA/whisper-base" "megatron.transformer.tensor_model_parallel_size=$ranks"
+    "data.sources=[{name: audio, path: $open/train.jsonl, weight: 0.85}, {name: text, path: $open/text_train.jsonl, weight: 0.15}]")
+
+source examples/environment.sh
+mkdir -p "$run"
+
+# stage NAME COMMAND...: runs it, and writes the seconds that it took for the report; a stage that found its work done keeps the
+# seconds of the time when it did it.
+stage() {
+    local name="$1" began=$SECONDS took
+    shift
+    echo
+    echo "== $name"
+    "$@"
+    took=$((SECONDS - began))
+    [ "$took" -le "$(cat "$run/seconds.$name" 2>/dev/null || echo 0)" ] || echo "$took" > "$run/seconds.$name"
+    echo "== $name: $took s"
+}
+
+several() { torchrun --standalone --nproc-per-node "$ranks" -m step_megatron.cli "$@"; }
+
+stage fetch step-megatron data fetch --group quickstart
+stage build step-megatron data build --out "$open" ${clips:+--clips "$clips"}
+stage encode several data encode "${recipe[@]}"
+stage midtrain several train midtrain "${recipe[@]}"
+stage evaluate step-megatron eval --run "$run" --data "$open"

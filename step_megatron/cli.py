@@ -1,0 +1,223 @@
+"""The command line: `step-megatron doctor | data | train | eval | chat | bench`.
+
+Every command imports what it needs when it runs, so that `--help` and `doctor` work on a machine where the rest does not.
+An error that a user can mend (a bad path, a bad setting, bad data) prints one line and exits with 2; anything else is a defect
+and shows its traceback.
+"""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    # Megatron warns on import about every optional package that is absent: `doctor` says it once, with the remedy.
+    warnings.filterwarnings("ignore", module="megatron")
+    options = _parser().parse_args(arguments)
+    from step_megatron.config import ConfigError
+
+    try:
+        return options.command(options) or 0
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("STEP_TRACEBACK"):
+            raise
+        # What is wrong with a setting is wrong on every rank: once is enough. A failure of one rank alone is not hidden.
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not isinstance(error, ConfigError):
+            print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
+        return 2
+
+
+def _default_data() -> Path:
+    return Path(os.environ.get("STEP_DATA", "data"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="step-megatron", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_doctor(commands)
+    _add_data(commands)
+    _add_train(commands)
+    _add_eval(commands)
+    _add_chat(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _with_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="RECIPE", help="YAML recipe; see examples/recipes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+
+
+def _config(options):
+    from step_megatron.config import load_config
+
+    return load_config(options.config, options.overrides)
+
+
+def _add_doctor(commands) -> None:
+    parser = _command(commands, "doctor", _doctor, "what this machine can run, why not the rest, and the remedy for each gap")
+    parser.add_argument("--json", action="store_true")
+
+
+def _doctor(options) -> int:
+    from step_megatron import doctor
+
+    return doctor.main(as_json=options.json)
+
+
+def _add_data(commands) -> None:
+    data = commands.add_parser("data", help="fetch, build, validate, encode and look at data").add_subparsers(required=True)
+    parser = _command(data, "fetch", _data_fetch, "download open speech and pre-trained weights, by pinned hash, with resume")
+    parser.add_argument("--data", type=Path, default=_default_data(), help="folder (default: $STEP_DATA or ./data)")
+    parser.add_argument("--group", action="append", help="what to fetch (default: quickstart); may be repeated")
+    parser = _command(data, "build", _data_build, "turn the downloads into conversations, a vocabulary and an audio index")
+    parser.add_argument("--data", type=Path, default=_default_data())
+    parser.add_argument("--out", type=Path, help="folder to write (default: DATA/open-speech)")
+    parser.add_argument("--max-audio-seconds", type=float, default=5000.0)
+    parser.add_argument("--clips", type=int, help="only so many clips, for a quick look")
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--seed", type=int, default=1)
+    parser = _command(data, "inspect", _data_inspect, "counts, durations and tokens by source, task and split")
+    parser.add_argument("paths", nargs="+", type=Path, metavar="CONVERSATIONS.jsonl")
+    parser.add_argument("--json", action="store_true")
+    parser = _command(
+        data, "validate", _data_validate, "decode every clip once; index the good, quarantine the bad with a reason"
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="CONVERSATIONS.jsonl")
+    parser.add_argument("--out", type=Path, help="folder of index.jsonl and quarantine.jsonl (default: beside the first file)")
+    parser.add_argument("--limit", type=float, default=0.01, help="share of bad clips above which this fails")
+    parser = _command(data, "show-batch", _data_show_batch, "an HTML page of one packed batch")
+    _with_config(parser)
+    parser.add_argument("--out", type=Path, default=Path("batch.html"))
+    parser.add_argument("--step", type=int, default=0)
+    parser = _command(data, "encode", _data_encode, "run the frozen encoder over every clip of a recipe, into the cache")
+    _with_config(parser)
+
+
+def _add_train(commands) -> None:
+    train = commands.add_parser("train", help="train a stage").add_subparsers(required=True)
+    parser = _command(train, "midtrain", _train_midtrain, "audio-centric mid-training; under torchrun for several processes")
+    _with_config(parser)
+
+
+def _add_eval(commands) -> None:
+    parser = _command(commands, "eval", _eval, "held-out accuracy beside majority class, linear probe and another clip's audio")
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=_default_data())
+    parser.add_argument("--limit", type=int, help="items a task, for a quick look")
+    parser.add_argument("--ablation", type=Path, help="results.json of a run without the text-only source, shown beside")
+
+
+def _add_chat(commands) -> None:
+    parser = _command(commands, "chat", _chat, "talk to a trained run")
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--audio", type=Path, action="append", default=[], help="audio of the first turn; may be repeated")
+    parser.add_argument("--text", help="text of the first turn")
+
+
+def _add_bench(commands) -> None:
+    parser = _command(commands, "bench", _bench, "time a part against a named peer, side by side in one run")
+    parser.add_argument("name", choices=("front-end", "encoder", "train-step"))
+    parser.add_argument("--data", type=Path, default=_default_data())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clips", type=int, help="clips in the sample")
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+
+
+def _data_fetch(options) -> None:
+    from step_megatron.data.fetch import fetch
+
+    for folder in fetch(options.data, options.group or ["quickstart"]):
+        print(folder)
+
+
+def _data_build(options) -> None:
+    from step_megatron.data.prepare import prepare
+
+    out = options.out or options.data / "open-speech"
+    summary = prepare(options.data, out, options.max_audio_seconds, options.vocabulary, options.seed, options.clips)
+    print(f"{out}: {summary['audio_seconds']:.0f} audio-seconds, clips {summary['clips']}")
+
+
+def _data_inspect(options) -> None:
+    from step_megatron.audio.index import AudioIndex
+    from step_megatron.data.inspect import inspect_files, table
+    from step_megatron.data.tokenizer import Tokenizer
+
+    folder = options.paths[0].parent
+    index = AudioIndex.load(folder) if (folder / "index.jsonl").is_file() else None
+    tokenizer = Tokenizer.load(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+    report = inspect_files(options.paths, tokenizer, index, folder if index is not None else None)
+    print(json.dumps(report, ensure_ascii=False) if options.json else table(report))
+
+
+def _data_validate(options) -> None:
+    from step_megatron.data.prepare import validate_conversations
+
+    out = options.out or options.paths[0].parent
+    report = validate_conversations(options.paths, out, options.limit)
+    print(f"{out / 'index.jsonl'}: {report.valid} clips, {report.seconds:.0f} s; {report.quarantined} quarantined {report.kinds}")
+
+
+def _data_show_batch(options) -> None:
+    from step_megatron.data.show_batch import write_page
+
+    print(write_page(_config(options), options.out, options.step))
+
+
+def _data_encode(options) -> None:
+    from step_megatron.training.midtrain import encode
+
+    encode(_config(options))
+
+
+def _train_midtrain(options) -> int:
+    from step_megatron.training.midtrain import midtrain
+
+    summary = midtrain(_config(options))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(summary))
+    # A run that a signal ended is not done: the caller must not go on to evaluate it.
+    return 130 if summary["interrupted"] else 0
+
+
+def _eval(options) -> None:
+    from step_megatron.evaluation.report import write_report
+    from step_megatron.evaluation.run import Limits, evaluate
+
+    results = options.run / "results.json"
+    evaluate(options.run, options.data, results, Limits(items_per_task=options.limit or 0))
+    write_report(options.run, options.data, options.run / "report.html", results, options.ablation)
+
+
+def _chat(options) -> None:
+    from step_megatron.evaluation.chat import chat
+
+    chat(options.run, options.audio, options.text)
+
+
+def _bench(options) -> None:
+    import importlib
+
+    module = importlib.import_module(f"step_megatron.benchmarks.{options.name.replace('-', '_')}")
+    result = module.run(options)
+    if options.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

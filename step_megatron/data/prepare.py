@@ -1,0 +1,71 @@
+"""From fetched archives to a data set ready to train on: conversations, compact vocabulary, audio index.
+
+prepare(data_dir, out_dir)  ->  out_dir/{train,validation,test}.jsonl, text_*.jsonl, audio/   (recipes.build)
+                                out_dir/tokenizer/                                            (Qwen tokens that occur)
+                                out_dir/index.jsonl, quarantine.jsonl                         (every clip decoded once)
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from step_megatron.audio.index import ValidationReport, validate
+from step_megatron.data.recipes.build import build
+from step_megatron.data.schema import Conversation, Text, read_conversations
+from step_megatron.data.tokenizer import build_compact
+
+_TRAINED = ("train.jsonl", "text_train.jsonl")
+
+
+def prepare(
+    data_dir: Path, out_dir: Path, max_audio_seconds: float, vocabulary: int, seed: int, clips: int | None = None
+) -> dict:
+    """Build the open-speech data set, its vocabulary and its index; what is already there and unchanged is kept.
+
+    Args:
+        data_dir: what `fetch` filled.
+        out_dir: the data set's folder.
+        max_audio_seconds: audio of all splits together.
+        vocabulary: most token ids. Only the train split decides which: another split's rare words are spelled in bytes.
+        seed, clips: see `recipes.build`.
+
+    Returns:
+        The summary of `recipes.build`.
+
+    Raises:
+        FileNotFoundError: nothing was fetched, or the Qwen vocabulary was not.
+        QuarantineLimitExceeded: too many clips cannot be used.
+    """
+    qwen = data_dir / "qwen" / "qwen.tiktoken"
+    if not qwen.is_file():
+        raise FileNotFoundError(f"{qwen} is missing; run `step-megatron data fetch` first")
+    summary = build(data_dir, out_dir, max_audio_seconds, seed, clips)
+    if not (out_dir / "tokenizer").is_dir():
+        trained = [conversation for name in _TRAINED for conversation in read_conversations(out_dir / name)]
+        build_compact(_texts(trained), qwen, out_dir / "tokenizer", vocabulary)
+    validate_conversations(sorted(out_dir.glob("*.jsonl")), out_dir)
+    return summary
+
+
+def validate_conversations(paths: Iterable[Path], out_dir: Path, quarantine_limit: float = 0.01) -> ValidationReport:
+    """Index every clip that conversation files name; see `audio.index.validate`.
+
+    Args:
+        paths: conversation files; `index.jsonl` and `quarantine.jsonl` among them are passed over.
+        out_dir: folder of the index.
+    """
+    addresses: dict[str, None] = {}
+    for path in paths:
+        if path.name in ("index.jsonl", "quarantine.jsonl"):
+            continue
+        for conversation in read_conversations(path):
+            addresses.update(dict.fromkeys(str(path.parent / address) for address in conversation.audio_addresses()))
+    return validate(addresses, out_dir, quarantine_limit=quarantine_limit)
+
+
+def _texts(conversations: Iterable[Conversation]) -> Iterator[str]:
+    """Every piece of text that the template encodes."""
+    for conversation in conversations:
+        for turn in conversation.turns:
+            if turn.reasoning:
+                yield turn.reasoning
+            yield from (part.text for part in turn.content if isinstance(part, Text))
