@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from step_megatron.runtime import machine, megatron_release
+
 GIB = 2**30
 # The quickstart: an environment, downloads, features and checkpoints.
 _DISK_GIB = 10
@@ -86,18 +88,14 @@ def _python() -> Answer:
 
 
 def _cores() -> Answer:
-    count = len(os.sched_getaffinity(0))
+    count = machine.cores()
     if count < 2:
         return "limited", "1 core: the ranks of a parallel run take turns", "give this machine 2 cores or more"
     return "ok", f"{count} cores", ""
 
 
 def _memory() -> Answer:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # A container's limit, which the kernel does not subtract from the machine's memory.
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    usable = (min(total, int(text)) if text.isdigit() else total) / GIB
+    usable = machine.memory_bytes() / GIB
     if usable < _MEMORY_GIB:
         return "limited", f"{usable:.1f} GiB; the quickstart needs about {_MEMORY_GIB}", "use a machine with more memory"
     return "ok", f"{usable:.1f} GiB", ""
@@ -150,8 +148,6 @@ def _nccl() -> Answer:
 
 
 def _megatron() -> Answer:
-    from step_megatron.runtime import megatron_release
-
     version = _version("megatron-core")
     remedy = f"pip install megatron-core=={megatron_release.TESTED_RELEASE}"
     if version != megatron_release.TESTED_RELEASE:

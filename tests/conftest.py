@@ -11,6 +11,9 @@ from hypothesis import settings
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+# Tests run on the CPU everywhere, so that they mean the same everywhere; to run them on a GPU, name it.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 ROOT = Path(__file__).resolve().parents[1]
 # `tests.parallel.layouts` and `support.worker_pool` are importable however pytest was started.
 for _path in (ROOT / "tests", ROOT):
@@ -48,7 +51,7 @@ def worker_pool():
 
 @pytest.fixture
 def runtime():
-    """A runtime of one process on the CPU, with one thread, ended after the test."""
+    """A runtime of one process with one thread, ended after the test."""
     from step_megatron.config.schema import Config, RunConfig
     from step_megatron.runtime.device import initialize, shutdown
 

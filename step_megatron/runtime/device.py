@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from step_megatron.config.schema import Config
-from step_megatron.runtime import megatron_cpu, megatron_release, seeds
+from step_megatron.runtime import machine, megatron_cpu, megatron_release, seeds
 
 _TIMEOUT = datetime.timedelta(minutes=30)
 # The order in which Megatron lays the dimensions out over ranks; also used to find the ranks of one replica.
@@ -83,7 +83,7 @@ def initialize(config: Config) -> Runtime:
     device = _device(config.run.device, local_rank)
     backend = _backend(config.run.backend, device)
     megatron_cpu.install()
-    threads = _threads(config.run.threads, len(os.sched_getaffinity(0)), local_world_size)
+    threads = _threads(config.run.threads, machine.cores(), local_world_size)
     torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)

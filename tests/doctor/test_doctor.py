@@ -122,9 +122,11 @@ def test_a_gpu_that_torch_cannot_see_has_a_reason(monkeypatch):
 
 
 def test_small_machines_are_told_so(monkeypatch):
-    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: {0})
+    monkeypatch.setattr(doctor.machine, "cores", lambda: 1)
+    monkeypatch.setattr(doctor.machine, "memory_bytes", lambda: 2**30)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**30))
     assert found("cores").status == "limited"
+    assert found("memory").status == "limited"
     assert found("disk").status == "limited" and "STEP_DATA" in found("disk").remedy
 
 

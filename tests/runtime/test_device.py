@@ -127,7 +127,7 @@ def test_under_torchrun(tmp_path):
         "open(sys.argv[1] + f'/{runtime.rank}', 'w').close()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    subprocess.run([*command, str(program), str(tmp_path)], check=True, timeout=120)
+    subprocess.run([*command, str(program), str(tmp_path)], check=True, timeout=300)
     assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
 
 

@@ -63,7 +63,7 @@ class WorkerPool:
         self._store: dist.TCPStore | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="worker-pool-"))
 
-    def run(self, function: Callable | str, kwargs: dict[str, Any] | None = None, timeout: float = 120.0) -> list[Any]:
+    def run(self, function: Callable | str, kwargs: dict[str, Any] | None = None, timeout: float = 180.0) -> list[Any]:
         """Call `function(rank, world_size, **kwargs)` on every rank at once.
 
         Args:
