@@ -1,4 +1,4 @@
-"""What this machine gives to this process: cores and memory, with the limits of a container, which the kernel does not subtract."""
+"""What this machine gives to this process: cores and memory, no more than the container's limits."""
 
 import math
 import os
