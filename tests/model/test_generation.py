@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.decoder_twins import ENCODER_WIDTH, VOCABULARY, huggingface_twin, model_of_twin, small_config
+from support.decoder_twins import ENCODER_WIDTH, VOCABULARY, audio_batch, huggingface_twin, model_of_twin, small_config
 
 from step_megatron.model.generation import Prompt, ReasoningBudget, generate
 
@@ -60,6 +60,8 @@ def test_greedy_equals_transformers_on_ragged_prompts_with_audio(pair):
         assert [result.tokens for result in results] == expected
         assert all(result.finish_reason == "length" for result in results)
     assert model.training, "the mode is restored"
+    model(audio_batch([14, 6], {0: 9})).sum().backward()
+    assert model.adaptor.linear2.weight.grad.any(), "the model trains on after it has generated"
 
 
 def test_tied_embeddings_generate_too(runtime):
@@ -159,8 +161,6 @@ def test_bad_arguments_are_named(pair, prompt, arguments, message):
 
 def generate_in_layout(rank, world_size, transformer):
     """Logits of a packed audio batch and greedy tokens in one layout, from the twin's weights."""
-    from support.decoder_twins import audio_batch
-
     from step_megatron.runtime.device import initialize
 
     config = small_config(**transformer)
@@ -183,8 +183,6 @@ def generate_in_layout(rank, world_size, transformer):
 
 
 def test_tensor_parallel_logits_and_tokens_equal_one_process(pair, worker_pool):
-    from support.decoder_twins import audio_batch
-
     model, _ = pair
     batch = audio_batch([14, 6, 20], {0: 9, 2: 24})
     batch.labels = None
