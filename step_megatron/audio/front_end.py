@@ -1,11 +1,12 @@
 """Decoding and log-mel features: DALI does both, on the CPU or the GPU, fed by our own sampler.
 
-    encoded bytes --decode--> first channel, 16 kHz, float32 --log_mel--> [mels, frames]
+    encoded bytes --decode--> one channel, 16 kHz, float32 --log_mel--> [mels, frames]
 
 Decoding. wav (every PCM width, float, mu-law), flac, ogg vorbis and opus go through DALI; raw g722 and whatever DALI lacks (mp3,
 aiff, m4a, ...) are read by soundfile or PyAV and resampled by DALI. **The first channel is taken**, not the mean: that is what
-the released model was trained on, and a mean would cancel channels in opposite phase. Wrong rates are resampled, formats scaled
-to [-1, 1].
+the released model was trained on, and a mean would cancel channels in opposite phase. Where the first is digital silence and
+another is not (recordings with sound on the right only), the first that is not silent is taken. Wrong rates are resampled,
+formats scaled to [-1, 1].
 
 Log-mel. Whisper's maths: 479 zeros on the right, STFT (400, hop 160, periodic Hann, reflected edges), last frame dropped, slaney
 mel filters, log10 clamped at 1e-10, floored at the maximum - 8, (x + 4) / 4. The right padding makes the two tail frames that the
@@ -49,7 +50,7 @@ class DecodedClip:
     """A decoded clip.
 
     Attributes:
-        waveform: `[num_samples]` float32, first channel, 16 kHz.
+        waveform: `[num_samples]` float32, the first channel that is not silent, 16 kHz.
         sample_rate: Hz, of the source.
         channels: of the source.
         format: of the source, as `AudioHeader.format`.
@@ -147,16 +148,13 @@ class LogMelFrontEnd:
     def _decode_isolating(self, data: list[np.ndarray], headers: list[AudioHeader]) -> list[DecodedClip | AudioError]:
         """Decode a batch by DALI; when it fails, halve it until every bad clip is alone."""
         try:
-            waves, rates, shapes = self._run("decode", encoded=data)
+            waves, rates = self._run("decode", encoded=data)
         except RuntimeError as error:
             if len(data) == 1:
                 return [AudioError("corrupt", _dali_reason(error))]
             half = len(data) // 2
             return self._decode_isolating(data[:half], headers[:half]) + self._decode_isolating(data[half:], headers[half:])
-        return [
-            DecodedClip(np.array(waves[i]), int(np.array(rates[i])), int(np.array(shapes[i])[1]), header.format)
-            for i, header in enumerate(headers)
-        ]
+        return [_one_channel(np.asarray(waves[i]), int(np.asarray(rates[i])), header) for i, header in enumerate(headers)]
 
     def _resample(self, clips: list[DecodedClip | AudioError]) -> list[DecodedClip | AudioError]:
         """Bring clips of other rates, still at their own, to 16 kHz."""
@@ -222,7 +220,7 @@ def _decode_graph() -> tuple:
     from nvidia.dali import fn, types
 
     audio, rate = fn.decoders.audio(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1), dtype=types.FLOAT)
-    return audio[:, 0], rate, audio.shape()
+    return audio, rate
 
 
 def _resample_graph() -> tuple:
@@ -269,6 +267,18 @@ def _attempt(function: Callable, clip: object, *arguments: object):
         return error
 
 
+def is_silent(samples: np.ndarray) -> bool:
+    """Digital silence: no sample reaches one step of 16-bit PCM. A decoder's rounding may leave less, a microphone never does."""
+    return not len(samples) or max(samples.max(), -samples.min()) < 1.0 / 32768
+
+
+def _one_channel(samples: np.ndarray, rate: int, header: AudioHeader) -> DecodedClip:
+    """A clip from `[frames, channels]`, still at its own rate: the first channel that is not silent, else the first."""
+    channels = samples.shape[1]
+    heard = next((c for c in range(channels) if not is_silent(samples[:, c])), 0) if channels > 1 else 0
+    return DecodedClip(np.array(samples[:, heard]), rate, channels, header.format)
+
+
 def _checked(clip: DecodedClip, header: AudioHeader) -> DecodedClip:
     """Hold a decoded clip, still at its own rate, against its header."""
     frames = len(clip.waveform)
@@ -298,7 +308,7 @@ def _decode_by_soundfile(data: bytes, header: AudioHeader) -> DecodedClip:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except RuntimeError as error:
         raise AudioError("corrupt", str(error)) from error
-    return DecodedClip(np.ascontiguousarray(samples[:, 0]), rate, samples.shape[1], header.format)
+    return _one_channel(samples, rate, header)
 
 
 def _decode_by_av(data: bytes, header: AudioHeader, max_seconds: float) -> DecodedClip:
@@ -314,14 +324,14 @@ def _decode_by_av(data: bytes, header: AudioHeader, max_seconds: float) -> Decod
             to_float = av.AudioResampler(format="fltp")
             left = max_seconds * stream.rate
             for frame in container.decode(stream):
-                parts += [part.to_ndarray()[0] for part in to_float.resample(frame)]
+                parts += [part.to_ndarray() for part in to_float.resample(frame)]
                 left -= frame.samples
                 if left < 0:
                     raise AudioError("too-long", f"more than {max_seconds:g} s")
             channels, rate = stream.channels, stream.rate
     except (av.FFmpegError, ValueError) as error:
         raise AudioError("corrupt", f"not audio that DALI, soundfile or FFmpeg can read ({error})") from error
-    return DecodedClip(np.concatenate(parts) if parts else np.zeros(0, np.float32), rate, channels, header.format)
+    return _one_channel(np.concatenate([np.zeros((channels, 0), np.float32), *parts], axis=1).T, rate, header)
 
 
 def _dali_reason(error: RuntimeError) -> str:

@@ -23,13 +23,11 @@ import numpy as np
 
 from step_megatron.audio.address import AudioAddress, parse_address
 from step_megatron.audio.errors import AudioError, QuarantineLimitExceeded
-from step_megatron.audio.front_end import DecodedClip, LogMelFrontEnd
+from step_megatron.audio.front_end import DecodedClip, LogMelFrontEnd, is_silent
 from step_megatron.audio.geometry import MIN_CHUNK_SAMPLES, SAMPLE_RATE
 from step_megatron.runtime.progress import Progress
 
 INDEX_NAME, QUARANTINE_NAME = "index.jsonl", "quarantine.jsonl"
-# Digital silence: no sample reaches one step of 16-bit PCM. A decoder's rounding may leave less, a microphone never does.
-_SILENCE = 1.0 / 32768
 _BATCH = 64
 
 
@@ -144,7 +142,7 @@ def validate(
 ) -> ValidationReport:
     """Decode every clip once, and write the index and the quarantine list. Interrupt it and run it again as you like.
 
-    Quarantined are clips that are missing, unreadable, empty, corrupt, truncated, silent (no sample of the first channel reaches
+    Quarantined are clips that are missing, unreadable, empty, corrupt, truncated, silent (no sample of any channel reaches
     one step of 16-bit PCM), too short for one token (320 samples or fewer), or longer than `max_seconds`. Any rate, channel count
     or sample width is right.
 
@@ -247,19 +245,19 @@ def _read_and_hash(address: AudioAddress) -> tuple[bytes | AudioError, str, tupl
 
 def _judge(address: str, outcome: DecodedClip | AudioError, sha256: str, stamp: tuple[int, int] | None) -> ClipInfo | dict:
     """The index entry of a good clip, or the quarantine entry of a bad one."""
-    error = outcome if isinstance(outcome, AudioError) else _content_error(outcome.waveform, outcome.channels)
+    error = outcome if isinstance(outcome, AudioError) else _content_error(outcome.waveform)
     if error is not None:
         return {"address": address, "kind": error.kind, "reason": str(error), "stamp": stamp}
     samples = len(outcome.waveform)
     return ClipInfo(address, sha256, samples, outcome.sample_rate, outcome.channels, samples / SAMPLE_RATE, outcome.format, stamp)
 
 
-def _content_error(waveform: np.ndarray, channels: int) -> AudioError | None:
+def _content_error(waveform: np.ndarray) -> AudioError | None:
     """What is wrong with a waveform that decoded well."""
     if len(waveform) < MIN_CHUNK_SAMPLES:
         return AudioError("too-short", f"{len(waveform)} samples at 16 kHz; one token needs {MIN_CHUNK_SAMPLES}")
-    if np.abs(waveform).max() < _SILENCE:
-        return AudioError("silent", "digital silence" + (f" in the first of {channels} channels" if channels > 1 else ""))
+    if is_silent(waveform):
+        return AudioError("silent", "digital silence")
     return None
 
 

@@ -170,6 +170,15 @@ def test_other_rates_are_resampled(front_end, rate, container):
     assert np.square(error).mean() < 0.01 * np.square(tones(16000)).mean()
 
 
+@pytest.mark.parametrize("container", ["WAV", "MP3"])
+def test_sound_on_the_right_only_is_heard(front_end, container):
+    sound = voice(0.7, channels=2)
+    sound[:, 0] = 0
+    data = encoded(sound, container=container)
+    (clip,) = front_end.decode([data])
+    np.testing.assert_allclose(clip.waveform, soundfile.read(io.BytesIO(data))[0][:, 1], atol=1e-6)
+
+
 def test_vbr_mp3_without_length_tag_is_read_to_its_end(front_end):
     """Its length is a guess (a third of the truth here), at which soundfile would stop without a word."""
     sound = np.concatenate([voice(4.0), np.zeros(64000), 0.3 * np.random.default_rng(0).standard_normal(64000)])

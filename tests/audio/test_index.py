@@ -27,8 +27,6 @@ GOOD = {
     "speech.mp3": encoded(voice(1.0), container="MP3"),
     "faint.wav": encoded(np.where(np.arange(16000) == 8000, 1.0 / 32768, 0.0), subtype="PCM_16"),
 }
-left_silent = voice(1.0, channels=2)
-left_silent[:, 0] = 0
 # file -> (content or None for no file, kind, words of the reason)
 BAD = {
     "gone.wav": (None, "missing", "no such file"),
@@ -38,7 +36,7 @@ BAD = {
     "cut.flac": (GOOD["low.flac"][:3000], "corrupt", ""),
     "silent.wav": (encoded(np.zeros(16000)), "silent", "digital silence"),
     "silent8.wav": (encoded(np.zeros(16000), subtype="PCM_U8"), "silent", "digital silence"),
-    "left.wav": (encoded(left_silent), "silent", "first of 2 channels"),
+    "both.wav": (encoded(np.zeros((16000, 2))), "silent", "digital silence"),
     "blip.wav": (encoded(voice(0.02)), "too-short", "320 samples"),
     "long.wav": (encoded(voice(6.0)), "too-long", "6.0 s; the limit is 5 s"),
 }
