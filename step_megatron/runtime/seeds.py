@@ -39,9 +39,11 @@ def rng_state() -> dict[str, Any]:
     """Everything that random numbers of this rank depend on, as plain values and tensors, for a checkpoint."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+    name, keys, *rest = numpy.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": numpy.random.get_state(),
+        # A list, not an array: it loads without unpickling NumPy's classes.
+        "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
         # On a CPU the device's generator is torch's.
         "device": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
