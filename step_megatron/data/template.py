@@ -142,7 +142,7 @@ def render(
     if generation:
         builder.prompt()
     ids = np.array(builder.ids, np.int32)
-    mask = np.array(builder.mask, np.uint8)
+    mask = np.zeros(len(ids), np.uint8) if generation else np.array(builder.mask, np.uint8)
     return TokenizedSample(conversation.id, conversation.source, ids, mask, tuple(builder.audio))
 
 

@@ -10,7 +10,6 @@ A tokenizer is a directory. It holds `qwen.tiktoken` (151,643 ranks, `base64(byt
 Specials exist only as ids: `encode` never makes one, whatever the text says. Text is not normalised: `decode(encode(x)) == x`.
 """
 
-import base64
 import binascii
 import json
 import shutil
@@ -71,14 +70,14 @@ class Tokenizer:
             TokenizerError: a file is missing or damaged, or the id map does not fit the vocabulary.
         """
         directory = Path(directory)
-        ranks = read_ranks(directory / "qwen.tiktoken")
-        bpe = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
         compact = directory / "compact.json"
         if compact.exists():
-            specials, qwen_ids = _read_compact(compact, len(ranks))
-            return cls(bpe, specials, qwen_ids, len(qwen_ids))
-        specials = _read_added(directory / "added_tokens.json", len(ranks))
-        return cls(bpe, specials, None, max(FIRST_SPEECH_ID + SPEECH_IDS, max(specials.values()) + 1))
+            specials, qwen_ids = _read_compact(compact)
+            size = len(qwen_ids)
+        else:
+            specials, qwen_ids = _read_added(directory / "added_tokens.json"), None
+            size = max(FIRST_SPEECH_ID + SPEECH_IDS, max(specials.values()) + 1)
+        return cls(_bpe(read_ranks(directory / "qwen.tiktoken")), specials, qwen_ids, size)
 
     @property
     def is_compact(self) -> bool:
@@ -171,7 +170,7 @@ def build_compact(texts: Iterable[str], tiktoken_path: str | Path, out_dir: str 
             f"a compact vocabulary needs {len(SPECIALS) + 256} ids for specials and bytes; limit is {limit}: raise it"
         )
     ranks = read_ranks(Path(tiktoken_path))
-    bpe = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    bpe = _bpe(ranks)
     counts: Counter[int] = Counter()
     for text in texts:
         counts.update(bpe.encode_ordinary(text))
@@ -205,15 +204,19 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         for number, line in enumerate(file, 1):
             try:
                 token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except (ValueError, binascii.Error) as error:
+                ranks[binascii.a2b_base64(token, strict_mode=True)] = int(rank)
+            except ValueError as error:
                 raise TokenizerError(f"{path}:{number}: not `base64 rank` ({error}); fetch the file again") from error
     if sorted(ranks.values()) != list(range(QWEN_RANKS)) or any(bytes([byte]) not in ranks for byte in range(256)):
         raise TokenizerError(f"{path}: {len(ranks)} ranks; Qwen's are {QWEN_RANKS}, 0 to {QWEN_RANKS - 1}: fetch the file again")
     return ranks
 
 
-def _read_added(path: Path, ranks: int) -> dict[str, int]:
+def _bpe(ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    return tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+
+def _read_added(path: Path) -> dict[str, int]:
     """The specials' ids of the whole vocabulary, `added_tokens.json` first."""
     specials = {**PUBLISHED_IDS, **PLACEHOLDER_IDS}
     if path.exists():
@@ -231,12 +234,12 @@ def _read_added(path: Path, ranks: int) -> dict[str, int]:
                 raise TokenizerError(
                     f"{path}: `{name}` is missing and its placeholder {specials[name]} is `{taken[specials[name]]}`: add it"
                 )
-    if len(set(specials.values())) != len(specials) or min(specials.values()) < ranks:
-        raise TokenizerError(f"{path}: ids of special tokens must differ and be at least {ranks}; correct the file")
+    if len(set(specials.values())) != len(specials) or min(specials.values()) < QWEN_RANKS:
+        raise TokenizerError(f"{path}: ids of special tokens must differ and be at least {QWEN_RANKS}; correct the file")
     return specials
 
 
-def _read_compact(path: Path, ranks: int) -> tuple[dict[str, int], list[int]]:
+def _read_compact(path: Path) -> tuple[dict[str, int], list[int]]:
     """Specials and Qwen ids of a compact vocabulary."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -244,7 +247,7 @@ def _read_compact(path: Path, ranks: int) -> tuple[dict[str, int], list[int]]:
         sound = record["format"] == COMPACT_FORMAT and set(SPECIALS) <= specials.keys()
         sound = sound and len(set(qwen_ids)) == len(qwen_ids) and all(0 <= specials[name] < len(qwen_ids) for name in specials)
         special_ids = set(specials.values())
-        sound = sound and all(0 <= qwen < ranks for number, qwen in enumerate(qwen_ids) if number not in special_ids)
+        sound = sound and all(0 <= qwen < QWEN_RANKS for number, qwen in enumerate(qwen_ids) if number not in special_ids)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise TokenizerError(
             f"{path}: not a compact vocabulary ({error!r}); build it again with `step-megatron data build`"
