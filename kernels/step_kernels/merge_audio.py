@@ -21,7 +21,7 @@ def merge_audio_embeddings_reference(tokens: torch.Tensor, audio: torch.Tensor, 
 def merge_audio_embeddings(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Replace the placeholders' embeddings; nothing is read back from the device.
 
-    With no audio (`[0, ...]`) the output still depends on `audio`, so that the adaptor gets (zero) gradients from a text-only batch.
+    With no audio (`[0, ...]`) the output still depends on `audio`: the adaptor gets (zero) gradients from a text-only batch.
 
     Args:
         tokens: `[length, ...]` token embeddings.
@@ -35,12 +35,9 @@ def merge_audio_embeddings(tokens: torch.Tensor, audio: torch.Tensor, positions:
         ValueError: if the counts or the trailing shapes or dtypes disagree (host metadata only).
     """
     if audio.shape[0] != positions.shape[0]:
-        raise ValueError(
-            f"{audio.shape[0]} audio embeddings for {positions.shape[0]} placeholders: the batch and the encoder disagree"
-        )
+        raise ValueError(f"{audio.shape[0]} audio embeddings for {positions.shape[0]} placeholders: batch and encoder disagree")
     if audio.shape[1:] != tokens.shape[1:] or audio.dtype != tokens.dtype:
-        raise ValueError(
-            f"audio embeddings {tuple(audio.shape[1:])} {audio.dtype} do not fit token embeddings {tuple(tokens.shape[1:])} {tokens.dtype}"
-        )
+        ours, theirs = (f"{list(x.shape[1:])} {x.dtype}" for x in (audio, tokens))
+        raise ValueError(f"audio embeddings {ours} do not fit token embeddings {theirs}")
     select_backend(tokens.device)
     return tokens.index_copy(0, positions, audio)

@@ -21,8 +21,8 @@ from step_megatron.config.schema import AdaptorConfig, EncoderConfig
 class PackedConv(nn.Conv1d):
     """`Conv1d(k 3, s 2, p 1)` and GELU over packed chunks.
 
-    A module that is called, not only a holder of weights: Megatron's overlapped parameter gathering waits for a module's weights in
-    a hook before its forward, so weights that another module reads directly would still be those of the step before.
+    A module that is called, not only a holder of weights: Megatron's overlapped parameter gathering waits for a module's weights
+    in a hook before its forward, so weights that another module reads directly would still be those of the step before.
     """
 
     def forward(self, features: torch.Tensor, frames: Sequence[int], rows: int) -> torch.Tensor:

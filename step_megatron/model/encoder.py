@@ -3,23 +3,23 @@
 The network is Whisper's, as Qwen2-Audio and Step-Audio 2 use it: two convolutions (100 -> 50 Hz), a frozen position table,
 pre-LN transformer blocks (bidirectional, `key` has no bias), average pooling by two, `after_norm`.
 
-Frames of a chunk with `valid` mel frames. The input carries two tail frames of silence, because the last 50 Hz position reads them:
+Frames of a chunk with `valid` mel frames. The input carries two tail frames of silence; the last 50 Hz position reads them:
 
     T = valid + 2         mel frames that go in
     a = (valid + 1) // 2  50 Hz positions: all that attention sees
     e = a // 2            25 Hz features that come out
 
-`compat="step"`. The released code runs both convolutions over all T frames, which makes a + 1 positions; it masks the last one as a
-key, but lets it attend, and pools it. Where a is odd, the pooled sequence so gets an extra, invalid frame e: the mean of the last
-valid position and the masked one. The adaptor's last tap (input 2 o + 1 of its last output o) lands on it exactly when e is odd
-too, that is when a % 4 == 3; in all other cases nothing reads it. With `compat="step"` the encoder therefore emits e + 1 features
-for these chunks and e for all others. The adaptor needs to know nothing: (e - 1) // 2 + 1 is the same for an odd e and for e + 1.
-With `compat="clean"` the tap reads zero.
+`compat="step"`. The released code, on one clip, runs both convolutions over all T frames, which makes a + 1 positions; it masks
+the last one as a key, but lets it attend, and pools it. Where a is odd, the pooled sequence so gets an extra, invalid frame: the
+mean of the last valid position and the masked one. The adaptor's last tap (input 2 o + 1 of its last output o) lands on it when e
+is odd too, that is when a % 4 == 3; in all other cases nothing reads it. With `compat="step"` the encoder therefore emits e + 1
+features for these chunks and e for all others. The adaptor needs to know nothing: (e - 1) // 2 + 1 is the same for odd e and for
+e + 1. With `compat="clean"` the tap reads zero.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn.functional import gelu, linear
 
 from step_megatron.config.schema import EncoderConfig
-from step_megatron.model.canonical import canonical_blocks
+from step_megatron.model.canonical import canonical_blocks, on_threads, one_thread
 from step_megatron.model.whisper import read_encoder_weights, sinusoids
 
 # Raised when the computation changes in a way that changes bits, so that older caches are not used.
@@ -97,36 +97,43 @@ class AudioEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, log_mels: Sequence[torch.Tensor], max_rows: int = 0) -> list[torch.Tensor]:
-        """Encode chunks of any number and order.
+        """Encode chunks of any number and order; on a CPU, torch's threads each work on packs of their own.
 
         Args:
             log_mels: each `[mels, valid + 2]`, 100 Hz, two tail frames of silence included (`LogMelFrontEnd.log_mel`).
-            max_rows: 50 Hz rows that are in memory at once, default four blocks.
+            max_rows: 50 Hz rows of a pack, default four blocks; a thread holds one pack in memory.
 
         Returns:
             one `[e, width]` float32 tensor a chunk, in the order given.
         """
-        order = sorted(range(len(log_mels)), key=lambda index: log_mels[index].shape[1])
+        packs = self._packs([log_mel.shape[1] for log_mel in log_mels], max_rows or 4 * self.block)
+
+        def encode_pack(members: list[int]) -> list[torch.Tensor]:
+            chunks = [log_mels[index] for index in members]
+            features, frames = self(torch.cat(chunks, dim=1), [chunk.shape[1] for chunk in chunks])
+            return list(features.split(frames))
+
         results: list[torch.Tensor] = [torch.empty(0)] * len(log_mels)
-        for members in self._packs(order, [log_mel.shape[1] for log_mel in log_mels], max_rows or 4 * self.block):
-            mels = torch.cat([log_mels[index] for index in members], dim=1)
-            features, frames = self(mels, [log_mels[index].shape[1] for index in members])
-            for index, feature in zip(members, features.split(frames), strict=True):
+        for members, features in zip(packs, on_threads(encode_pack, packs, self.conv1.weight.device), strict=True):
+            for index, feature in zip(members, features, strict=True):
                 results[index] = feature
         return results
 
-    def _packs(self, order: Sequence[int], mel_frames: Sequence[int], max_rows: int) -> Iterator[list[int]]:
-        """Cut `order` into packs that fill whole blocks as closely as their lengths allow: at most `max_rows` rows at 50 Hz."""
-        pack, filled = [], 0
-        for index in order:
-            rows = sum(self._positions(mel_frames[index]))
-            if pack and filled + rows > max_rows:
-                yield pack
-                pack, filled = [], 0
-            pack.append(index)
-            filled += rows
-        if pack:
-            yield pack
+    def _packs(self, mel_frames: Sequence[int], max_rows: int) -> list[list[int]]:
+        """Share the chunks out, sorted by length, over packs of whole blocks as full as their lengths allow."""
+        rows = [sum(self._positions(frames)) for frames in mel_frames]
+        threads = torch.get_num_threads() if self.conv1.weight.device.type == "cpu" else 1
+        # As many packs as keep every thread busy, but never less than a block each.
+        count = -(-sum(rows) // max_rows // threads) * threads or 1
+        limit = min(max_rows, -(-sum(rows) // count // self.block) * self.block)
+        packs, filled = [], limit
+        for index in sorted(range(len(rows)), key=rows.__getitem__):
+            if not packs or filled + rows[index] > limit:
+                packs.append([])
+                filled = 0
+            packs[-1].append(index)
+            filled += rows[index]
+        return packs
 
     @torch.no_grad()
     def forward(self, mels: torch.Tensor, frames: Sequence[int]) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -143,21 +150,21 @@ class AudioEncoder(nn.Module):
             ValueError: if the frames do not describe `mels`, a chunk lacks its tail frames, or is longer than the position table.
         """
         self._check(mels, frames)
-        dtype, device = self.conv1.weight.dtype, self.conv1.weight.device
         counts = [self._positions(length) for length in frames]
-        lengths = [sum(count) for count in counts]
-        hidden = self._convolve(mels.to(device, dtype).t().contiguous(), frames, lengths)
-        cu_seqlens = cumulative(lengths, device)
-        valid = [count[0] for count in counts]
-        for layer in self.blocks:
-            self._attend(layer, hidden, cu_seqlens, lengths, valid)
-            self._feed_forward(layer, hidden)
-        norm = self.after_norm
-        if not self.config.pooling:
-            return norm(hidden).float(), tuple(lengths)
-        features = tuple(length // 2 for length in lengths)
-        pooled = pool_norm_downsample(hidden, cu_seqlens, norm.weight, norm.bias, norm.eps, sum(features))
-        return pooled.float(), features
+        lengths, valid = [sum(count) for count in counts], [count[0] for count in counts]
+        dtype, device = self.conv1.weight.dtype, self.conv1.weight.device
+        with one_thread(device):
+            hidden = self._convolve(mels.to(device, dtype).t().contiguous(), frames, lengths)
+            cu_seqlens = cumulative(lengths, device)
+            for layer in self.blocks:
+                self._attend(layer, hidden, cu_seqlens, lengths, valid)
+                self._feed_forward(layer, hidden)
+            norm = self.after_norm
+            if not self.config.pooling:
+                return norm(hidden).float(), tuple(lengths)
+            features = tuple(length // 2 for length in lengths)
+            pooled = pool_norm_downsample(hidden, cu_seqlens, norm.weight, norm.bias, norm.eps, sum(features))
+            return pooled.float(), features
 
     def _check(self, mels: torch.Tensor, frames: Sequence[int]) -> None:
         if mels.dim() != 2 or mels.shape != (self.config.mels, sum(frames)):
@@ -166,7 +173,7 @@ class AudioEncoder(nn.Module):
             raise ValueError(f"a chunk of {min(frames)} mel frames lacks its {_TAIL_FRAMES} tail frames of silence")
         if frames and sum(self._positions(max(frames))) > self.config.max_positions:
             raise ValueError(
-                f"a chunk of {max(frames)} mel frames is longer than the encoder's {self.config.max_positions} positions; cut it first"
+                f"a chunk of {max(frames)} mel frames is longer than the encoder's {self.config.max_positions} positions; cut it"
             )
 
     def _convolve(self, mels: torch.Tensor, frames: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
@@ -235,7 +242,7 @@ class AudioEncoder(nn.Module):
         return self
 
     def fingerprint(self) -> str:
-        """Hash of everything that the bits of a feature depend on: sizes, weights, canonical block, library, kind of processor."""
+        """Hash of all that the bits of a feature depend on: sizes, weights, canonical block, library, kind of processor."""
         device = self.conv1.weight.device
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
         sizes = {name: value for name, value in asdict(self.config).items() if name != "weights"}

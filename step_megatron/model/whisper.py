@@ -5,8 +5,8 @@
 
 Nothing is executed or unpickled; every length is checked against the file.
 
-Source of the CTranslate2 layout: its `model_spec.py` (binary version 6): little-endian counts, NUL-terminated strings with a 16-bit
-length, tensors as (name, rank, dimensions, type, bytes), then pairs of aliases.
+Source of the CTranslate2 layout: its `model_spec.py` (binary version 6): little-endian counts, NUL-terminated strings with a
+16-bit length, tensors as (name, rank, dimensions, type, bytes), then pairs of aliases.
 """
 
 import math
