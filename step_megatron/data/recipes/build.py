@@ -10,6 +10,7 @@ Run it as a module: `python -m step_megatron.data.recipes.build DATA_DIR OUT_DIR
 """
 
 import argparse
+import hashlib
 import json
 import random
 import shutil
@@ -53,8 +54,8 @@ def build(
 ) -> dict:
     """Write the data set; a source that was not fetched is left out and named on stderr.
 
-    Everything is written to a temporary directory beside `out_dir` and renamed at the end, so that `out_dir` is complete or
-    absent.
+    A build with the same arguments and recipe is not made again. Everything is written to a temporary directory beside `out_dir`
+    and renamed at the end, so that `out_dir` is complete or absent.
 
     Args:
         data_dir: what `fetch` filled.
@@ -73,7 +74,19 @@ def build(
         SplitError: the splits share a text, a clip, a syllable, a voice or a template.
     """
     data_dir, out_dir = Path(data_dir), Path(out_dir)
-    if out_dir.exists() and not (out_dir / "SUMMARY.json").exists() and any(out_dir.iterdir()):
+    made_of = {
+        "max_audio_seconds": max_audio_seconds,
+        "seed": seed,
+        "clips": clips,
+        "difficulty": difficulty,
+        "recipe": _recipe_digest(),
+        "sources": _fetched(data_dir),
+    }
+    summary_file = out_dir / "SUMMARY.json"
+    if summary_file.exists() and (old := json.loads(summary_file.read_text(encoding="utf-8"))).get("made_of") == made_of:
+        print(f"build: {out_dir} is complete", file=sys.stderr)
+        return old
+    if out_dir.exists() and not summary_file.exists() and any(out_dir.iterdir()):
         raise FileExistsError(f"{out_dir} exists and was not made by build; move it away or choose another directory")
     partial = out_dir.with_name(f".{out_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -88,12 +101,26 @@ def build(
         write_conversations(partial / f"text_{split}.jsonl", [c for c in written if c.meta["split"] == split])
     _copy_licences(data_dir, partial, {clip.corpus for clip in chosen})
     check_splits(partial)
-    summary = _summary(chosen, spoken, written)
+    summary = {"made_of": made_of, **_summary(chosen, spoken, written)}
     (partial / "SUMMARY.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
     if out_dir.exists():
         shutil.rmtree(out_dir)
     partial.rename(out_dir)
     return summary
+
+
+def _recipe_digest() -> str:
+    """Digest of this package's source: another recipe makes another data set."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _fetched(data_dir: Path) -> list[str]:
+    """Names of the sources that are there."""
+    folders = [*(data_dir / "sources").glob("*"), data_dir / "espeak-ng"]
+    return sorted(folder.name for folder in folders if folder.is_dir())
 
 
 def _select(data_dir: Path, partial: Path, max_seconds: float, seed: int, clips: int | None) -> list[Clip]:
@@ -107,7 +134,7 @@ def _select(data_dir: Path, partial: Path, max_seconds: float, seed: int, clips:
     prompts = [clip for clip in asterisk.clips(data_dir, seed) if low <= clip.seconds <= high]
     synthetic = espeak.clips(data_dir, partial / "audio/espeak", counts["espeak"], seed)
     known = {normalise(clip.text) for clip in [*prompts, *synthetic] if clip.split != "test"}
-    stamps = [clip for clip in tuxpaint.clips(data_dir, known) if low <= clip.seconds <= high]
+    stamps = [clip for clip in tuxpaint.clips(data_dir, known, seed) if low <= clip.seconds <= high]
     candidates = {
         "asterisk": (prompts, "language"),
         "gcin": (gcin.clips(data_dir, seed), "tone"),
@@ -120,8 +147,9 @@ def _select(data_dir: Path, partial: Path, max_seconds: float, seed: int, clips:
         if not found:
             print(f"build: {corpus} was not fetched; its tasks are left out", file=sys.stderr)
         chosen += choose(found, task, counts[corpus], PLAN[corpus][0] * max_seconds, seed)
+    used = {clip.id for clip in chosen}
     for clip in synthetic:
-        if clip not in chosen:
+        if clip.id not in used:
             clip.file.unlink()
     return chosen
 

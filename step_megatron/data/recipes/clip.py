@@ -81,9 +81,8 @@ def choose(clips: Iterable[Clip], task: str, counts: dict[str, int], seconds: fl
             if clip.split == split:
                 by_label.setdefault(clip.labels[task], []).append(clip)
         queues = [by_label[label] for label in sorted(by_label)]
-        # From all labels alike in test; in train a rarer label ends first and the others go on.
-        rounds = max(map(len, queues), default=0) if split == "train" else min(map(len, queues), default=0)
-        order = [queue[i] for i in range(rounds) for queue in queues if i < len(queue)]
+        # A rarer label ends first and the others go on.
+        order = [queue[i] for i in range(max(map(len, queues), default=0)) for queue in queues if i < len(queue)]
         for clip in order[: counts[split]]:
             if clip.kept_seconds > seconds:
                 break

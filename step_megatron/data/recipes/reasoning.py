@@ -13,6 +13,20 @@ from step_megatron.data.recipes.clip import draw
 from step_megatron.data.schema import Conversation, Text, Turn
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+MONTHS = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
 _NAMES = ("Ann", "Ben", "Cid", "Dan", "Eve", "Fay", "Gus", "Hal")
 _THINGS = ("cat", "dog", "cup", "pen", "hat")
 
@@ -36,12 +50,13 @@ class Task:
 
 
 def _arithmetic(rng: random.Random, difficulty: int) -> Problem:
-    """A sum or difference chain: `difficulty` operations on numbers up to `10 * difficulty`, never below zero."""
-    total = rng.randint(0, 10 * difficulty)
+    """A sum or difference chain: `difficulty` operations on numbers up to `10 + 10 * difficulty`, never below zero."""
+    largest = 10 + 10 * difficulty
+    total = rng.randint(0, largest)
     expression, steps = str(total), []
     for _ in range(difficulty):
         minus = rng.random() < 0.5 and total > 0
-        number = rng.randint(1, total) if minus else rng.randint(1, 10 * difficulty)
+        number = rng.randint(1, total) if minus else rng.randint(1, largest)
         result = total - number if minus else total + number
         sign = "-" if minus else "+"
         steps.append(f"{total} {sign} {number} = {result}")
@@ -62,10 +77,12 @@ def _counting(rng: random.Random, difficulty: int) -> Problem:
 
 
 def _dates(rng: random.Random, difficulty: int) -> Problem:
-    """The weekday some days ahead, at most `3 * difficulty`; the steps name each day."""
-    start, days = rng.randrange(7), rng.randint(1, 3 * difficulty)
-    passed = [DAYS[(start + i) % 7] for i in range(days + 1)]
-    return Problem({"day": DAYS[start], "days": str(days)}, ", ".join(passed), passed[-1])
+    """The weekday or month some steps ahead, at most `3 + 3 * difficulty`; the worked steps name each one passed."""
+    unit, names = rng.choice((("day", DAYS), ("month", MONTHS)))
+    start, ahead = rng.randrange(len(names)), rng.randint(1, 3 + 3 * difficulty)
+    passed = [names[(start + i) % len(names)] for i in range(ahead + 1)]
+    plural = unit if ahead == 1 else unit + "s"
+    return Problem({"unit": unit, "start": names[start], "ahead": f"{ahead} {plural}"}, ", ".join(passed), passed[-1])
 
 
 def _web_of_lies(rng: random.Random, difficulty: int) -> Problem:
@@ -95,8 +112,8 @@ TASKS = {
     ),
     "dates": Task(
         _dates,
-        ("Today is {day}. Which day is it in {days} days?", "Which day is {days} days after {day}?", "{day} plus {days} days?"),
-        ("It is {day}. Which day comes {days} days later?", "What day is it {days} days from {day}?"),
+        ("It is {start}. Which {unit} is it in {ahead}?", "Which {unit} is {ahead} after {start}?", "{start} plus {ahead}?"),
+        ("It is {start}. Which {unit} comes {ahead} later?", "What {unit} is it {ahead} from {start}?"),
     ),
     "web_of_lies": Task(
         _web_of_lies,
@@ -115,21 +132,34 @@ def conversations(counts: dict[str, int], difficulty: int, seed: int) -> Iterato
     for split, count in counts.items():
         rng = random.Random(f"{seed}:reasoning:{split}")
         asked: set[str] = set()
+        exhausted: set[str] = set()
         for number in range(count):
             name = list(TASKS)[number % len(TASKS)]
-            for _ in range(200):
-                problem = TASKS[name].make(rng, difficulty)
-                template = rng.choice(TASKS[name].test_templates if split == "test" else TASKS[name].templates)
-                question = template.format(**problem.values)
-                # The problem, not its wording, decides: a test problem is new in its numbers as well as in its words.
-                if question in asked or _split_of_problem(seed, name, problem) != split:
-                    continue
-                asked.add(question)
-                meta = {"split": split, "task": name, "answer": problem.answer, "template": template, "problem": problem.values}
-                reply = Turn("assistant", (Text(problem.answer),), reasoning=problem.steps)
-                turns = (Turn("human", (Text(question),)), reply)
-                yield Conversation(f"reasoning-{split}-{number:05d}", "reasoning", turns, {**meta, "difficulty": difficulty})
-                break
+            drawn = None if name in exhausted else _draw_new(name, split, asked, difficulty, seed, rng)
+            if drawn is None:
+                exhausted.add(name)
+                continue
+            problem, template = drawn
+            question = template.format(**problem.values)
+            asked.add(question)
+            meta = {"split": split, "task": name, "answer": problem.answer, "template": template, "problem": problem.values}
+            reply = Turn("assistant", (Text(problem.answer),), reasoning=problem.steps)
+            turns = (Turn("human", (Text(question),)), reply)
+            yield Conversation(f"reasoning-{split}-{number:05d}", "reasoning", turns, {**meta, "difficulty": difficulty})
+
+
+def _draw_new(
+    name: str, split: str, asked: set[str], difficulty: int, seed: int, rng: random.Random
+) -> tuple[Problem, str] | None:
+    """A problem of this split in a wording that was not used yet, or None when 300 draws find none."""
+    task = TASKS[name]
+    for _ in range(300):
+        problem = task.make(rng, difficulty)
+        template = rng.choice(task.test_templates if split == "test" else task.templates)
+        # The problem, not its wording, decides the split: a test problem is new in its numbers as well as in its words.
+        if _split_of_problem(seed, name, problem) == split and template.format(**problem.values) not in asked:
+            return problem, template
+    return None
 
 
 def _split_of_problem(seed: int, name: str, problem: Problem) -> str:
