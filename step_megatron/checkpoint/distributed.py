@@ -3,9 +3,9 @@
     RUN/checkpoints/step_00000200/   one directory a checkpoint, complete or absent
     RUN/checkpoints/latest           the name of the newest complete one
 
-A checkpoint is written into a temporary directory and renamed when every rank has finished, and only then does `latest` name it: an
-interrupted save leaves the previous checkpoint in place. It holds the model, the optimizer (moments and step count), the scheduler,
-the random state of each rank, the loader's position and the step.
+A checkpoint is written into a temporary directory and renamed when every rank has finished, and only then does `latest` name it:
+an interrupted save leaves the previous checkpoint in place. It holds the model, the optimizer (moments and step count), the
+scheduler, the random state of each rank, the loader's position and the step.
 """
 
 import os
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
 
-from step_megatron.checkpoint.optimizer_state import metadata, optimizer_state, restore_optimizer
-from step_megatron.runtime import seeds
+from step_megatron.runtime import megatron_checkpoint, seeds
 
 LATEST = "latest"
 BACKEND = ("torch_dist", 1)
@@ -72,12 +73,15 @@ def save_checkpoint(
     weights = model_state(model)
     state = {
         **weights,
-        "optimizer": optimizer_state(optimizer, weights, is_loading=False),
+        "optimizer": _optimizer_state(optimizer, weights, is_loading=False),
+        "updates": megatron_checkpoint.updates(optimizer),
         "scheduler": scheduler.state_dict(),
         "random": _random_shard(seeds.rng_state()),
+        "ranks": torch.distributed.get_world_size(),
         "step": step,
         "extra": extra,
     }
+    megatron_checkpoint.write_in_process()
     dist_checkpointing.save(state, str(temporary), BACKEND)
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
@@ -92,26 +96,20 @@ def load_checkpoint(
 ) -> tuple[int, dict[str, Any]]:
     """Restore a run from a checkpoint, in this or another parallel layout; every rank calls this.
 
-    Random state is restored when the number of ranks is the one that saved it; with another number it keeps the run's seed (it only
-    matters for dropout).
+    Random state is restored when the number of ranks is the one that saved it; with another number it stays as the run's seed has
+    set it (with no dropout nothing depends on it).
 
     Returns:
         The step that the checkpoint holds, and `extra` as it was saved.
     """
     weights = model_state(model)
-    state = {
-        **weights,
-        "optimizer": optimizer_state(optimizer, weights, is_loading=True),
-        "scheduler": {},
-        "step": 0,
-        "extra": {},
-    }
-    same_ranks = _saved_ranks(directory) == torch.distributed.get_world_size()
+    state = {**weights, "optimizer": _optimizer_state(optimizer, weights, is_loading=True)}
+    same_ranks = _common(directory)["ranks"] == torch.distributed.get_world_size()
     if same_ranks:
         state["random"] = _random_shard(None)
     loaded = _load(state, directory)
     _load_weights(model, loaded)
-    restore_optimizer(optimizer, loaded["optimizer"])
+    megatron_checkpoint.load_optimizer_state(optimizer, loaded["optimizer"], loaded["updates"])
     scheduler.load_state_dict(loaded["scheduler"])
     if same_ranks:
         seeds.load_rng_state(loaded["random"])
@@ -130,7 +128,9 @@ def load_model_weights(model: torch.nn.Module | list[torch.nn.Module], directory
 
 def model_state(model: list[torch.nn.Module]) -> dict[str, Any]:
     """Sharded state of this rank's chunks, under `model` or, with virtual pipeline stages, `model0`, `model1`, ..."""
-    return {name: unwrap(chunk).sharded_state_dict(metadata=metadata()) for name, chunk in zip(_names(model), model, strict=True)}
+    return {
+        name: unwrap(chunk).sharded_state_dict(metadata=_metadata()) for name, chunk in zip(_names(model), model, strict=True)
+    }
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
@@ -138,6 +138,22 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     while hasattr(module, "module"):
         module = module.module
     return module
+
+
+def _optimizer_state(optimizer: Any, weights: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+    """Sharded state of the optimizer; the moments take their sharding from the weights, so they move between layouts with them."""
+    megatron_checkpoint.prepare_state(optimizer)
+    return optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_metadata())
+
+
+def _metadata() -> dict[str, Any]:
+    """How Megatron is to lay out the state: by parameter, not by rank, so that every layout can read it."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
 
 
 def _names(model: list[torch.nn.Module]) -> list[str]:
@@ -149,26 +165,25 @@ def _load_weights(model: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
         unwrap(chunk).load_state_dict(loaded[name])
 
 
-def _load(state: dict[str, Any], directory: str | Path) -> dict[str, Any]:
+def _common(directory: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors."""
     if not (Path(directory) / "metadata.json").is_file():
         raise CheckpointError(f"{directory}: no complete checkpoint here (metadata.json is missing)")
+    return dist_checkpointing.load_common_state_dict(str(directory))
+
+
+def _load(state: dict[str, Any], directory: str | Path) -> dict[str, Any]:
+    _common(directory)
     try:
-        return dist_checkpointing.load(
-            state, str(directory), strict=dist_checkpointing.validation.StrictHandling.ASSUME_OK_UNEXPECTED
-        )
-    except (dist_checkpointing.core.CheckpointingException, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{directory}: does not fit this model or layout: {error}") from error
+        return dist_checkpointing.load(state, str(directory))
+    except (CheckpointingException, CheckpointException, RuntimeError, KeyError, ValueError) as error:
+        # Errors of other ranks arrive as the text of their tracebacks: the last line says what is wrong.
+        raise CheckpointError(f"{directory}: does not fit this model: {str(error).strip().splitlines()[-1]}") from error
 
 
 def _random_shard(states: dict[str, Any] | None) -> ShardedObject:
     """The random state of this rank, saved under its rank: every rank has its own."""
     return ShardedObject("random", states, (torch.distributed.get_world_size(),), (torch.distributed.get_rank(),))
-
-
-def _saved_ranks(directory: str | Path) -> int:
-    """How many ranks saved this checkpoint."""
-    keys = [key for key in dist_checkpointing.load_sharded_metadata(str(directory)) if key.startswith("random/")]
-    return len(keys)
 
 
 def _point_to(root: Path, name: str) -> None:

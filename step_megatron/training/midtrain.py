@@ -151,7 +151,9 @@ def run(trainer: Trainer) -> None:
         train(trainer)
     if trainer.interruption.signal_name:
         logger.warning(
-            "%s: stopped at step %d and saved; run the same command again to go on", trainer.interruption.signal_name, trainer.step
+            "%s: stopped at step %d and saved; run the same command again to go on",
+            trainer.interruption.signal_name,
+            trainer.step,
         )
 
 
@@ -175,7 +177,9 @@ def load_tokenizer(config: Config) -> Tokenizer:
 def flops_of(config: Config, state: TrainState) -> Callable[[TrainingBatch], int]:
     """Operations that training on a micro-batch needs, given what is frozen (on any rank: a stage alone may have no adaptor)."""
     names = [name for chunk in state.model for name, parameter in chunk.named_parameters() if parameter.requires_grad]
-    flags = torch.tensor([any("adaptor" not in name for name in names), any("adaptor" in name for name in names)], dtype=torch.int32)
+    flags = torch.tensor(
+        [any("adaptor" not in name for name in names), any("adaptor" in name for name in names)], dtype=torch.int32
+    )
     flags = flags.to(next(state.model[0].parameters()).device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     decoder_trained, adaptor_trained = (bool(flag) for flag in flags.tolist())

@@ -156,3 +156,53 @@ def full_tensors(model, pick, sharded: bool = False) -> dict[str, torch.Tensor]:
         for name, tensor in tensors.items():
             parts.setdefault(name, {}).setdefault(tp_rank, tensor)
     return {name: merge(name, [by_rank[r] for r in sorted(by_rank)]) for name, by_rank in sorted(parts.items())}
+
+
+def train_and_save(rank: int, world_size: int, *, transformer: dict, optimizer: str, ddp: dict, steps: int, run_dir: str) -> dict:
+    """Train `steps` steps, save, train one more; returns that step's line, parameters at the save and after it."""
+    from step_megatron.checkpoint.distributed import save_checkpoint
+    from step_megatron.training.optimizer import settled_parameters
+
+    trainer = prepare(transformer, optimizer, ddp)
+    for _ in range(steps):
+        run_step(trainer)
+    with settled_parameters(trainer.model):
+        saved = full_tensors(trainer.model, lambda parameter: parameter)
+        save_checkpoint(run_dir, trainer.step, trainer.model, trainer.optimizer, trainer.scheduler, {"place": [trainer.step]})
+    line = run_step(trainer)
+    with settled_parameters(trainer.model):
+        return {"line": line, "saved": saved, "after": full_tensors(trainer.model, lambda parameter: parameter)}
+
+
+def load_and_train(rank: int, world_size: int, *, transformer: dict, optimizer: str, ddp: dict, run_dir: str) -> dict:
+    """Load the newest checkpoint of a run in this layout and train one step; the counterpart of `train_and_save`."""
+    from step_megatron.checkpoint.distributed import latest_checkpoint, load_checkpoint
+    from step_megatron.training.optimizer import settled_parameters
+
+    trainer = prepare(transformer, optimizer, ddp)
+    trainer.step, extra = load_checkpoint(latest_checkpoint(run_dir), trainer.model, trainer.optimizer, trainer.scheduler)
+    loaded = full_tensors(trainer.model, lambda parameter: parameter)
+    line = run_step(trainer)
+    with settled_parameters(trainer.model):
+        after = full_tensors(trainer.model, lambda parameter: parameter)
+    return {"line": line, "saved": loaded, "after": after, "extra": extra}
+
+
+def load_weights(rank: int, world_size: int, *, transformer: dict, directory: str) -> dict[str, torch.Tensor]:
+    """Load the weights alone into a model that is not wrapped."""
+    from step_megatron.checkpoint.distributed import load_model_weights
+    from step_megatron.model.audio_lm import build_model
+    from step_megatron.runtime.device import initialize
+
+    config = test_config(transformer, OPTIMIZERS["adam"])
+    initialize(config)
+    model = build_model(config)
+    load_model_weights(model, directory)
+    return full_tensors(model, lambda parameter: parameter)
+
+
+def prepare(transformer: dict, optimizer: str, ddp: dict):
+    from step_megatron.runtime.device import initialize
+
+    config = test_config(transformer, OPTIMIZERS[optimizer], ddp)
+    return make_trainer(config, initialize(config), lively_state(config))

@@ -1,0 +1,97 @@
+"""Checkpoints: weights are read bit for bit in any layout, training goes on as if it had not stopped, half-written ones are not seen."""
+
+import pytest
+import torch
+from parallel.layouts import load_and_train, load_weights, train_and_save
+
+from step_megatron.checkpoint.distributed import CheckpointError, checkpoint_root, latest_checkpoint
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+VPP2 = {"virtual_pipeline_model_parallel_size": 2}
+DISTRIBUTED = {"use_distributed_optimizer": True}
+
+
+def same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def closeness(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    return max(((actual[name] - expected[name]).norm() / expected[name].norm()).item() for name in expected)
+
+
+@pytest.fixture(scope="module")
+def saved_by_tp2_pp2(worker_pool, tmp_path_factory):
+    run_dir = str(tmp_path_factory.mktemp("tp2pp2"))
+    kwargs = {"transformer": TP2 | PP2, "optimizer": "adam", "ddp": {}, "steps": 2, "run_dir": run_dir}
+    return run_dir, worker_pool(4).run(train_and_save, kwargs)[0]
+
+
+@pytest.mark.parametrize(("processes", "transformer"), [(1, {}), (2, TP2), (2, PP2), (2, PP2 | VPP2)])
+def test_weights_are_the_same_bits_in_another_layout(processes, transformer, worker_pool, saved_by_tp2_pp2):
+    run_dir, written = saved_by_tp2_pp2
+    kwargs = {"transformer": transformer, "directory": str(latest_checkpoint(run_dir))}
+    assert same(worker_pool(processes).run(load_weights, kwargs)[0], written["saved"])
+
+
+@pytest.mark.parametrize(
+    ("processes", "transformer", "exact"), [(4, TP2 | PP2, True), (1, {}, False), (2, PP2, False), (2, TP2, False)]
+)
+def test_the_next_step_is_that_of_the_run_that_went_on(processes, transformer, exact, worker_pool, saved_by_tp2_pp2):
+    run_dir, written = saved_by_tp2_pp2
+    kwargs = {"transformer": transformer, "optimizer": "adam", "ddp": {}, "run_dir": run_dir}
+    resumed = worker_pool(processes).run(load_and_train, kwargs)[0]
+    assert same(resumed["saved"], written["saved"])
+    assert resumed["extra"] == {"place": [2]}
+    for name in ("loss", "loss/speech", "grad_norm", "learning_rate"):
+        assert resumed["line"][name] == (written["line"][name] if exact else pytest.approx(written["line"][name], rel=1e-6))
+    assert same(resumed["after"], written["after"]) if exact else closeness(resumed["after"], written["after"]) < 5e-5
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_one_process_goes_on_bit_for_bit(steps, optimizer, worker_pool, tmp_path):
+    kwargs = {"transformer": {}, "optimizer": optimizer, "ddp": {}, "run_dir": str(tmp_path)}
+    written = worker_pool(1).run(train_and_save, kwargs | {"steps": steps})[0]
+    resumed = worker_pool(1).run(load_and_train, kwargs)[0]
+    assert same(resumed["after"], written["after"])
+
+
+@pytest.mark.parametrize("ddp", [DISTRIBUTED, DISTRIBUTED | {"overlap_grad_reduce": True, "overlap_param_gather": True}])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_distributed_optimizer_goes_on_and_changes_its_number_of_ranks(steps, ddp, worker_pool, tmp_path):
+    kwargs = {"transformer": {}, "optimizer": "adam", "ddp": ddp, "run_dir": str(tmp_path)}
+    written = worker_pool(2).run(train_and_save, kwargs | {"steps": steps})[0]
+    resumed = worker_pool(2).run(load_and_train, kwargs)[0]
+    assert same(resumed["after"], written["after"])
+    alone = worker_pool(1).run(load_and_train, kwargs)[0]
+    assert same(alone["saved"], written["saved"])
+    assert closeness(alone["after"], written["after"]) < 5e-5
+
+
+def test_an_interrupted_save_leaves_the_newest_complete_checkpoint(saved_by_tp2_pp2):
+    run_dir, _ = saved_by_tp2_pp2
+    newest = latest_checkpoint(run_dir)
+    (checkpoint_root(run_dir) / ".writing_step_00000009").mkdir()
+    (checkpoint_root(run_dir) / ".writing_step_00000009" / "common.pt").write_bytes(b"half")
+    assert latest_checkpoint(run_dir) == newest and newest.name == "step_00000002"
+
+
+def test_a_directory_without_a_complete_checkpoint_is_refused(worker_pool, tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    with pytest.raises(AssertionError, match="no complete checkpoint here"):
+        worker_pool(1).run(load_weights, {"transformer": {}, "directory": str(tmp_path)})
+
+
+def test_a_pointer_to_a_checkpoint_that_is_gone_is_named(tmp_path):
+    checkpoint_root(tmp_path).mkdir()
+    (checkpoint_root(tmp_path) / "latest").write_text("step_00000005\n")
+    with pytest.raises(CheckpointError, match="step_00000005, which does not exist"):
+        latest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(worker_pool, saved_by_tp2_pp2):
+    run_dir, _ = saved_by_tp2_pp2
+    kwargs = {"transformer": {"ffn_hidden_size": 128}, "directory": str(latest_checkpoint(run_dir))}
+    with pytest.raises(AssertionError, match="does not fit this model"):
+        worker_pool(1).run(load_weights, kwargs)
