@@ -6,6 +6,7 @@ with loaded_run(run_dir, data_dir) as run:
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 
 from step_megatron.audio.address import parse_address
-from step_megatron.audio.cache import EncodedCache, EncodedClip
-from step_megatron.audio.encode_once import EncodedAudio
+from step_megatron.audio.cache import EncodedClip
+from step_megatron.audio.encode_once import EncodedAudio, open_encoded_audio
 from step_megatron.audio.errors import AudioError
 from step_megatron.audio.front_end import LogMelFrontEnd, split_chunks
 from step_megatron.audio.index import INDEX_NAME, AudioIndex
@@ -89,7 +90,7 @@ def loaded_run(run_dir: Path, data_dir: Path | None = None) -> Iterator["Trained
         encoder = build_encoder(config.encoder, config.audio.encoder_block, config.adaptor.compat, config.run.seed)
         encoder.to(runtime.device)
         front_end = LogMelFrontEnd(config.encoder.mels, runtime.device, runtime.threads, config.audio.max_clip_seconds)
-        audio = None if data_dir is None else _encoded_audio(config, data_dir, encoder, front_end, runtime)
+        audio = None if data_dir is None else _encoded_audio(config, data_dir, encoder, runtime)
         logger.info("loaded %s", checkpoint)
         yield TrainedRun(config, tokenizer, model, encoder, front_end, audio, data_dir)
     finally:
@@ -215,14 +216,10 @@ def _read_config(run_dir: Path) -> Config:
     return load_config(path)
 
 
-def _encoded_audio(
-    config: Config, data_dir: Path, encoder: AudioEncoder, front_end: LogMelFrontEnd, runtime: Runtime
-) -> EncodedAudio:
-    """The clips of a data directory, through the cache that training filled if the run has one."""
+def _encoded_audio(config: Config, data_dir: Path, encoder: AudioEncoder, runtime: Runtime) -> EncodedAudio:
+    """The clips of a data directory, through the cache that training filled (`auto` is `on`: clips are used more than once)."""
     own = data_dir / INDEX_NAME
     index = AudioIndex.load(own if own.is_file() or not config.data.index else config.data.index)
-    cache = None
-    if config.audio.cache_dir and config.audio.cache != "off":
-        cache = EncodedCache(config.audio.cache_dir, encoder.fingerprint(), int(config.audio.cache_max_gib * 2**30))
     # A clip that fails is a failed item of the evaluation, counted in its results: it must not stop it.
-    return EncodedAudio(encoder, front_end, index, cache, runtime, quarantine_limit=1.0)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, quarantine_limit=1.0))
+    return open_encoded_audio(config, encoder, index, runtime, passes=2)

@@ -39,7 +39,7 @@ class LogisticRegression:
         max_iterations: of L-BFGS; the fit stops before that at a gradient of `tolerance`.
     """
 
-    def __init__(self, inverse_penalty: float = 1.0, max_iterations: int = 300, tolerance: float = 1e-5):
+    def __init__(self, inverse_penalty: float = 1.0, max_iterations: int = 300, tolerance: float = 1e-4):
         self.inverse_penalty, self.max_iterations, self.tolerance = inverse_penalty, max_iterations, tolerance
         self.weight = self.bias = None
 
@@ -52,7 +52,9 @@ class LogisticRegression:
             [weight, bias],
             max_iter=self.max_iterations,
             tolerance_grad=self.tolerance,
-            tolerance_change=0.0,
+            # Close to the optimum a line search only moves within rounding: stop there.
+            tolerance_change=1e-10,
+            history_size=20,
             line_search_fn="strong_wolfe",
         )
 

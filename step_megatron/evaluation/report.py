@@ -1,6 +1,6 @@
 """Write `report.html`: what a run learnt, how that was measured, and what the numbers do not say.
 
-`write_report(run_dir, data_dir, out)` reads `metrics.jsonl`, `config.yaml` and `versions.json` of the run, `results.json` and
+`write_report(run_dir, data_dir, out)` reads `metrics.jsonl`, `config.yaml` and `run.json` of the run, `results.json` and
 `predictions.jsonl` of its evaluation, and puts clips from the data directory into the page. Parts that are missing are left out
 and named.
 """
@@ -8,14 +8,16 @@ and named.
 import base64
 import io
 import json
+import wave
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
 from step_megatron.audio.address import parse_address
 from step_megatron.audio.errors import AudioError
+from step_megatron.audio.front_end import LogMelFrontEnd
+from step_megatron.audio.geometry import SAMPLE_RATE
 from step_megatron.evaluation import page
 from step_megatron.evaluation.charts import Series, line_chart
 from step_megatron.evaluation.files import read_jsonl, write_text
@@ -37,6 +39,8 @@ CONFOUNDS = {
     "also speaker and recording. “language other corpus” asks the same about another corpus with other speakers.",
     "tone": "Tone is asked about syllables (with their tone) that training never saw, but of the same two speakers.",
     "gender": "Gender is asked about synthesised voices that training never saw; no human voice is in it.",
+    "gender_other_corpus": "“Gender other corpus” asks about human voices (Asterisk) after training on synthesised ones; "
+    "all male clips there are of one man, the Italian.",
     "speaking_rate": "Speaking rate is asked about synthesised speech, with the measured rate as the truth.",
     "transcription": "A model of this size, trained for minutes on about an hour of speech, does not transcribe: its error is "
     "shown as it is.",
@@ -207,19 +211,14 @@ def choose_clips(
     predictions: Sequence[Prediction], data_dir: Path, count: int = CLIPS, budget: int = CLIP_BYTES
 ) -> list[page.Clip]:
     """Up to `count` answered items with one clip each, at most `budget` bytes of wav together; a repeatable draw."""
+    candidates = [p for p in predictions if len(p.audio) == 1 and p.reply is not None]
+    # Some candidates are too long to show: a few more than are needed.
+    candidates = sample_predictions(candidates, 2 * count, seed=0)
     clips: list[page.Clip] = []
-    candidates = [p for p in predictions if len(p.audio) == 1]
-    for prediction in sample_predictions(candidates, len(candidates), seed=0):
-        if len(clips) == count:
-            break
-        wav = wav_bytes(prediction.audio[0], data_dir)
-        # One long clip must not use up what the others need.
-        if wav is None or len(wav) > max(budget // 4, budget // count):
-            continue
-        if len(wav) > budget:
-            break
-        budget -= len(wav)
-        clips.append(_clip(prediction, "data:audio/wav;base64," + base64.b64encode(wav).decode("ascii")))
+    for prediction, wav in zip(candidates, wav_bytes([p.audio[0] for p in candidates], data_dir), strict=True):
+        if wav is not None and len(wav) <= budget and len(clips) < count:
+            budget -= len(wav)
+            clips.append(_clip(prediction, "data:audio/wav;base64," + base64.b64encode(wav).decode("ascii")))
     return clips
 
 
@@ -232,17 +231,30 @@ def _clip(prediction: Prediction, uri: str) -> page.Clip:
     return page.Clip(prediction.task, uri, prediction.question, prediction.answer, reply.reasoning, reply.answer, other, right)
 
 
-def wav_bytes(address: str, data_dir: Path) -> bytes | None:
-    """A clip as mono 16-bit wav at its own rate; None for one that cannot be played (unreadable, empty, longer than 8 s)."""
-    try:
-        samples, rate = soundfile.read(io.BytesIO(parse_address(address, data_dir).read()), dtype="float32", always_2d=True)
-    except (AudioError, OSError, soundfile.SoundFileError) as error:
-        logger.warning("%s is not in the report: %s", address, error)
-        return None
-    if not 0 < len(samples) <= CLIP_SECONDS * rate:
-        return None
+def wav_bytes(addresses: Sequence[str], data_dir: Path) -> list[bytes | None]:
+    """Clips as 16 kHz mono 16-bit wav, as the model hears them; None for one that cannot be read or is longer than 8 s."""
+    places = [parse_address(address, data_dir) for address in addresses]
+    front_end = LogMelFrontEnd(mels=80)
+    wavs: list[bytes | None] = []
+    for place in places:
+        try:
+            clip = front_end.decode([place.read()], [place.name])[0]
+        except AudioError as error:
+            clip = error
+        if isinstance(clip, AudioError):
+            logger.warning("%s is not in the report: %s", place, clip)
+        playable = not isinstance(clip, AudioError) and len(clip.waveform) <= CLIP_SECONDS * SAMPLE_RATE
+        wavs.append(_wav(clip.waveform) if playable else None)
+    return wavs
+
+
+def _wav(waveform: np.ndarray) -> bytes:
     out = io.BytesIO()
-    soundfile.write(out, np.clip(samples.mean(axis=1), -1, 1), rate, format="WAV", subtype="PCM_16")
+    with wave.open(out, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes((np.clip(waveform, -1, 1) * 32767).astype("<i2").tobytes())
     return out.getvalue()
 
 
@@ -284,7 +296,7 @@ def _confounds(results: Mapping) -> list[str]:
 
 def _configuration(run_dir: Path) -> str:
     parts = []
-    for name, title in (("config.yaml", "Resolved configuration"), ("versions.json", "Versions")):
+    for name, title in (("config.yaml", "Resolved configuration"), ("run.json", "Versions, layout and seed")):
         text = _optional(run_dir / name, lambda path: path.read_text(encoding="utf-8"), "")
         if text:
             parts.append(page.folded(title, text.strip()))

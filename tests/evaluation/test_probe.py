@@ -20,7 +20,7 @@ def test_equals_scikit_learn(classes, inverse_penalty):
     # Binary problems are fitted as two-class softmax here and as one sigmoid there, which halves the penalty's effect.
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, y = problem(120, 30, classes)
-    ours = LogisticRegression(inverse_penalty).fit(x, y, classes)
+    ours = LogisticRegression(inverse_penalty, tolerance=1e-7).fit(x, y, classes)
     theirs = linear_model.LogisticRegression(
         C=inverse_penalty if classes > 2 else 2 * inverse_penalty, max_iter=5000, tol=1e-10
     ).fit(x.double().numpy(), y.numpy())
