@@ -22,6 +22,8 @@ the bad clips are alone.
 Source: Step-Audio-R1 `utils.py`; transformers' `WhisperFeatureExtractor`.
 """
 
+import functools
+import importlib.metadata
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +36,7 @@ from step_megatron.audio.errors import AudioError
 from step_megatron.audio.geometry import HOP_SAMPLES, SAMPLE_RATE, chunk_frames, chunk_lengths
 from step_megatron.audio.headers import AudioHeader, read_header
 
-# Raised when decoding or features change in a way that changes bits, so that older caches are not used.
+# Raised when decoding or features change in a way that changes bits, so that older indices and caches are not used.
 _REVISION = 1
 # Right padding of the released code: it makes the two tail frames.
 RIGHT_PADDING = 479
@@ -71,6 +73,12 @@ def split_chunks(waveform: np.ndarray) -> list[np.ndarray]:
     """Cut a waveform into the chunks of `geometry.chunk_lengths`, without copying."""
     starts = np.cumsum([0, *chunk_lengths(len(waveform))])
     return [waveform[start:end] for start, end in zip(starts[:-1], starts[1:], strict=True)]
+
+
+@functools.cache
+def decoder_version() -> str:
+    """What the samples of a decoded clip depend on beside its bytes: this file's revision and DALI's version."""
+    return f"front-end-{_REVISION}-dali-{importlib.metadata.version('nvidia-dali-cuda130')}"
 
 
 class LogMelFrontEnd:
@@ -135,10 +143,8 @@ class LogMelFrontEnd:
         return features
 
     def fingerprint(self) -> str:
-        """What the bits of the features depend on: this file's revision, DALI's version, bands, kind of device."""
-        from nvidia import dali
-
-        return f"front-end-{_REVISION}-dali-{dali.__version__}-{self.mels}-{self.device.type}"
+        """What the bits of the features depend on beside the clip."""
+        return f"{decoder_version()}-{self.mels}-{self.device.type}"
 
     def _check_length(self, clip: AudioHeader | DecodedClip) -> AudioHeader | DecodedClip:
         if clip.seconds is not None and clip.seconds > self.max_seconds:

@@ -2,12 +2,12 @@
 
 `validate` writes two files of JSON lines:
 
-    index.jsonl       {"address", "sha256", "num_samples", "sample_rate", "channels", "duration", "format", "stamp"}
-    quarantine.jsonl  {"address", "kind", "reason", "stamp"}
+    index.jsonl       {"address", "sha256", "num_samples", "sample_rate", "channels", "duration", "format", "stamp", "decoder"}
+    quarantine.jsonl  {"address", "kind", "reason", "stamp", "decoder"}
 
 Addresses are relative to the folder of the index where that is possible, so a data set can be moved. `num_samples` is at 16 kHz,
 exactly what decoding returns: the packer counts tokens from it without touching audio. `stamp` is size and modification time of
-the file: a clip whose file did not change is not read again, which also makes an interrupted run resumable.
+the file: a clip whose file did not change is not read again by the same `decoder`, which also makes an interrupted run resumable.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ import numpy as np
 
 from step_megatron.audio.address import AudioAddress, parse_address
 from step_megatron.audio.errors import AudioError, QuarantineLimitExceeded
-from step_megatron.audio.front_end import DecodedClip, LogMelFrontEnd, is_silent
+from step_megatron.audio.front_end import DecodedClip, LogMelFrontEnd, decoder_version, is_silent
 from step_megatron.audio.geometry import MIN_CHUNK_SAMPLES, SAMPLE_RATE
 from step_megatron.runtime.progress import Progress
 
@@ -42,6 +42,7 @@ class ClipInfo:
         sample_rate, channels, format: of the source.
         duration: seconds.
         stamp: size and modification time (ns) of the file that holds the clip.
+        decoder: `decoder_version()` of who decoded it.
     """
 
     address: str
@@ -52,6 +53,7 @@ class ClipInfo:
     duration: float
     format: str
     stamp: tuple[int, int]
+    decoder: str
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class AudioIndex:
         path = path / INDEX_NAME if path.is_dir() else path
         if not path.exists():
             raise FileNotFoundError(f"{path}: no audio index; make it with `step-megatron data validate`")
-        clips = [_clip_info(entry) for entry in _read_lines(path)]
+        clips = [_clip_info(entry, path) for entry in _read_lines(path)]
         return cls(
             path.parent, clips, {entry["address"]: entry["reason"] for entry in _read_lines(path.parent / QUARANTINE_NAME)}
         )
@@ -210,8 +212,10 @@ def _known(out_dir: Path, wanted: dict[str, None], max_seconds: float) -> tuple[
 
 
 def _may_differ(entry: dict, max_seconds: float) -> bool:
-    """Whether a clip of an unchanged file must be looked at again: the length limit or its permissions may have changed."""
-    return entry.get("kind") in ("too-long", "unreadable") or entry.get("duration", 0.0) > max_seconds
+    """Whether a clip of an unchanged file must be looked at again: decoder, length limit or permissions may be others now."""
+    if entry.get("decoder") != decoder_version() or entry.get("kind") in ("too-long", "unreadable"):
+        return True
+    return entry.get("duration", 0.0) > max_seconds
 
 
 def _examine(
@@ -247,9 +251,19 @@ def _judge(address: str, outcome: DecodedClip | AudioError, sha256: str, stamp: 
     """The index entry of a good clip, or the quarantine entry of a bad one."""
     error = outcome if isinstance(outcome, AudioError) else _content_error(outcome.waveform)
     if error is not None:
-        return {"address": address, "kind": error.kind, "reason": str(error), "stamp": stamp}
+        return {"address": address, "kind": error.kind, "reason": str(error), "stamp": stamp, "decoder": decoder_version()}
     samples = len(outcome.waveform)
-    return ClipInfo(address, sha256, samples, outcome.sample_rate, outcome.channels, samples / SAMPLE_RATE, outcome.format, stamp)
+    return ClipInfo(
+        address,
+        sha256,
+        samples,
+        outcome.sample_rate,
+        outcome.channels,
+        samples / SAMPLE_RATE,
+        outcome.format,
+        stamp,
+        decoder_version(),
+    )
 
 
 def _content_error(waveform: np.ndarray) -> AudioError | None:
@@ -272,8 +286,11 @@ def _as_stamp(stamp: list[int] | None) -> tuple[int, int] | None:
     return None if stamp is None else (stamp[0], stamp[1])
 
 
-def _clip_info(entry: dict) -> ClipInfo:
-    return ClipInfo(**entry | {"stamp": _as_stamp(entry["stamp"])})
+def _clip_info(entry: dict, path: Path) -> ClipInfo:
+    try:
+        return ClipInfo(**entry | {"stamp": _as_stamp(entry["stamp"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path}: an entry of another version ({error}); run `step-megatron data validate` again") from error
 
 
 def _read_lines(path: Path, torn_tail: bool = False) -> list[dict]:

@@ -10,10 +10,12 @@ from audio.encode_jobs import fetch_with_an_unreadable_clip, prepare_and_fetch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_megatron.audio.encode_once import assign_longest_first
+from step_megatron.audio.encode_once import assign_longest_first, open_encoded_audio
 from step_megatron.audio.errors import QuarantineLimitExceeded
 from step_megatron.audio.geometry import chunk_frames, chunk_lengths
 from step_megatron.audio.index import AudioIndex, validate
+from step_megatron.config.schema import AudioConfig, Config, EncoderConfig, RunConfig
+from step_megatron.model.encoder import build_encoder
 
 SECONDS = [0.3, 0.31, 1.0, 2.5, 0.7, 26.0, 0.05, 1.9]
 
@@ -168,6 +170,27 @@ def test_a_clip_that_changed_since_validation_fails_by_itself(tmp_path):
     write_voice(tmp_path / names[1], 2.0, seed=9)
     outcome = run_alone(tmp_path, [[names]], cache=True)
     assert [outcome["results"][0][name] is None for name in names] == [False, True, False]
+
+
+def test_the_real_encoder_gives_the_same_bits_in_any_company(corpus, tmp_path, runtime):
+    """Through the configuration: two passes or more keep a cache, one pass encodes inside the step."""
+    folder, names = corpus
+    shape = EncoderConfig(mels=80, width=64, layers=2, heads=2, ffn_width=128)
+    config = Config(run=RunConfig(dir=str(tmp_path / "run")), encoder=shape, audio=AudioConfig(cache_dir=str(tmp_path / "cache")))
+    index = AudioIndex.load(folder)
+
+    def fetch(passes, steps):
+        audio = open_encoded_audio(config, build_encoder(shape, block=256, seed=3), index, runtime, passes)
+        assert (audio.cache is not None) == (passes > 1)
+        audio.prepare(names, progress=False)
+        return {address: clip for step in steps for address, clip in audio.fetch(step).items()}
+
+    one_by_one = fetch(1, [[name] for name in names])
+    assert not (tmp_path / "cache").exists()
+    assert_same_bits(one_by_one, fetch(1, [names[::-1]]))
+    for _ in ("cold", "warm"):
+        assert_same_bits(one_by_one, fetch(2, [names]))
+    assert len({clip.features.float().mean().item() for clip in one_by_one.values()}) == len(names)
 
 
 def test_too_many_failures_stop_the_run(tmp_path, runtime):

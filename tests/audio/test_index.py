@@ -111,6 +111,13 @@ def test_unchanged_files_are_not_read_again(corpus, monkeypatch):
     assert quarantine(corpus)["plain.wav"]["kind"] == "empty"
 
 
+def test_another_decoder_reads_everything_again(corpus, monkeypatch):
+    validate(GOOD, corpus, corpus, threads=1)
+    monkeypatch.setattr(index_module, "decoder_version", lambda: "another")
+    assert validate(GOOD, corpus, corpus, threads=1).read == len(GOOD)
+    assert validate(GOOD, corpus, corpus, threads=1).read == 0
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     names = [write_voice(tmp_path / f"{i:03d}.wav", 0.1, seed=i % 7).name for i in range(70)]
     judged = []
