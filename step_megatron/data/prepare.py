@@ -5,12 +5,13 @@ prepare(data_dir, out_dir)  ->  out_dir/{train,validation,test}.jsonl, text_*.js
                                 out_dir/index.jsonl, quarantine.jsonl                         (every clip decoded once)
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from step_megatron.audio.index import ValidationReport, validate
 from step_megatron.data.recipes.build import build
-from step_megatron.data.schema import Conversation, Text, read_conversations
+from step_megatron.data.schema import read_conversations
+from step_megatron.data.template import encoded_texts
 from step_megatron.data.tokenizer import build_compact
 
 _TRAINED = ("train.jsonl", "text_train.jsonl")
@@ -41,7 +42,8 @@ def prepare(
     summary = build(data_dir, out_dir, max_audio_seconds, seed, clips)
     if not (out_dir / "tokenizer").is_dir():
         trained = [conversation for name in _TRAINED for conversation in read_conversations(out_dir / name)]
-        build_compact(_texts(trained), qwen, out_dir / "tokenizer", vocabulary)
+        texts = (text for conversation in trained for text in encoded_texts(conversation))
+        build_compact(texts, qwen, out_dir / "tokenizer", vocabulary)
     validate_conversations(sorted(out_dir.glob("*.jsonl")), out_dir)
     return summary
 
@@ -60,12 +62,3 @@ def validate_conversations(paths: Iterable[Path], out_dir: Path, quarantine_limi
         for conversation in read_conversations(path):
             addresses.update(dict.fromkeys(str(path.parent / address) for address in conversation.audio_addresses()))
     return validate(addresses, out_dir, quarantine_limit=quarantine_limit)
-
-
-def _texts(conversations: Iterable[Conversation]) -> Iterator[str]:
-    """Every piece of text that the template encodes."""
-    for conversation in conversations:
-        for turn in conversation.turns:
-            if turn.reasoning:
-                yield turn.reasoning
-            yield from (part.text for part in turn.content if isinstance(part, Text))

@@ -146,6 +146,31 @@ def render(
     return TokenizedSample(conversation.id, conversation.source, ids, mask, tuple(builder.audio))
 
 
+def encoded_texts(conversation: Conversation, template: str = "step-audio") -> list[str]:
+    """Every piece of text that `render` encodes, headers included: what a compact vocabulary must be counted on.
+
+    Raises:
+        TemplateError: as `render`.
+    """
+    recorder = _Recorder()
+    render(conversation, recorder, lambda address: [1], template)
+    return recorder.texts
+
+
+class _Recorder:
+    """Stands in for the tokenizer and keeps what it is asked to encode."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def encode(self, text: str) -> list[int]:
+        self.texts.append(text)
+        return []
+
+    def special(self, name: str) -> int:
+        return 0
+
+
 class _Builder:
     """Ids, mask and spans of one conversation while it is rendered."""
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from step_megatron.data.schema import Audio, Conversation, Text, Turn
-from step_megatron.data.template import TEMPLATES, TemplateError, render
+from step_megatron.data.template import TEMPLATES, TemplateError, encoded_texts, render
 
 CHUNKS = {"a.wav": [3], "long.wav": [4, 4, 1]}
 
@@ -134,6 +134,14 @@ def test_prompt_is_a_prefix_and_the_rest_is_trained(compact, conversation, reply
         assert whole.loss_mask[size:end].all() and not whole.loss_mask[end:].any(), "exactly what follows the prompt is a target"
         assert whole.loss_mask[size - 1] == 0
         assert whole.input_ids[end - 1] == compact.special(parts.close)
+
+
+@given(conversations, templates)
+def test_encoded_texts_are_the_sample_without_its_specials(full, conversation, template):
+    sample = render(conversation, full, CHUNKS.__getitem__, template)
+    pieces = [full.encode(text) for text in encoded_texts(conversation, template)]
+    specials = set(full.specials.values())
+    assert sum(pieces, []) == [number for number in sample.input_ids.tolist() if number not in specials]
 
 
 def test_prompt_ends_with_think(full):
