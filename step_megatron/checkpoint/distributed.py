@@ -141,7 +141,7 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _optimizer_state(optimizer: Any, weights: dict[str, Any], is_loading: bool) -> dict[str, Any]:
-    """Sharded state of the optimizer; the moments take their sharding from the weights, so they move between layouts with them."""
+    """Sharded state of the optimizer; the moments take their sharding from the weights, so they move between layouts."""
     megatron_checkpoint.prepare_state(optimizer)
     return optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_metadata())
 

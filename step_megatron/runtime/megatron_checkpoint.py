@@ -1,7 +1,7 @@
 """What saving and loading needs of Megatron-Core 0.16.1 in particular: repairs of its distributed optimizer, and cheaper writing.
 
-With torch's AdamW (no Transformer Engine, no apex) the distributed optimizer of this release cannot save before its first step, and
-cannot load: it looks for a `step` tensor among the saved moments, where it has not put one.
+With torch's AdamW (no Transformer Engine, no apex) the distributed optimizer of this release cannot save before its first step,
+and cannot load: it looks for a `step` tensor among the saved moments, where it has not put one.
 """
 
 import queue
@@ -22,8 +22,9 @@ def optimizer_parts(optimizer: Any) -> list[Any]:
 def write_in_process() -> None:
     """Let synchronous saves write in this process.
 
-    Megatron forks a writer for each of a rank's files and starts a manager process for their results, which imports everything anew:
-    seconds of every rank, a hang in a program whose main module is not guarded, and forks of a process that holds GPU contexts.
+    Megatron forks a writer for each of a rank's files and starts a manager process for their results, which imports everything
+    anew: seconds of every rank, a hang in a program whose main module is not guarded, and forks of a process that holds GPU
+    contexts.
     """
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
@@ -70,8 +71,8 @@ def updates(optimizer: Any) -> int:
 def load_optimizer_state(optimizer: Any, loaded: dict[str, Any], updates: int) -> None:
     """Load what `sharded_state_dict` described; afterwards every parameter has a `step` of its own.
 
-    Megatron saves the step count of rank 0, if it is not 0, and loads it as one tensor for all parameters (distributed optimizer),
-    which torch's AdamW then advances once per parameter.
+    Megatron saves the step count of rank 0, if it is not 0, and loads it as one tensor for all parameters (distributed
+    optimizer), which torch's AdamW then advances once per parameter.
 
     Args:
         updates: what `updates` gave when the state was saved.

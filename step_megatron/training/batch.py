@@ -52,8 +52,8 @@ def to_device(
 
     Args:
         micro_batch: from the loader; the same on every rank of a model-parallel group.
-        clips: encoded clips by address. None stands for one that could not be read, agreed by all ranks of the group: its features
-            are zero on the first stage, and the segment that holds it is not trained on any rank.
+        clips: encoded clips by address. None stands for one that could not be read, agreed by all ranks of the group: its
+            features are zero on the first stage, and the segment that holds it is not trained on any rank.
         sources: names of the mixture's sources, in order.
         encoder_width: width of the audio features.
         runtime: where this rank stands; only first-stage ranks get features.
@@ -103,7 +103,7 @@ def source_of_tokens(micro_batch: MicroBatch, sources: Sequence[str]) -> torch.T
 
 
 def gather_features(micro_batch: MicroBatch, clips: Mapping[str, EncodedClip | None], width: int) -> torch.Tensor:
-    """Encoder output of every chunk in the order of the placeholders, `[sum(encoder_frames), width]`; zeros for unreadable clips."""
+    """Encoder output of every chunk in the order of the placeholders, `[sum(encoder_frames), width]`; zeros where unreadable."""
     parts = []
     for span, frames in zip(micro_batch.audio, micro_batch.encoder_frames, strict=True):
         clip = clips[span.address]

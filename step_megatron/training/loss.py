@@ -2,9 +2,10 @@
 
     L = sum_i m_i l_i / sum_i m_i        over all tokens i of all micro-batches of all ranks
 
-A mean of the micro-batches' means would weigh a token of a short reply more than one of a long reply (packed micro-batches hold very
-different numbers of trained tokens). Megatron divides once, at the end: with `calculate_per_token_loss` each micro-batch hands its
-sum and its count to the schedule, gradients accumulate the sums, and `finalize_model_grads` divides by the count over all ranks.
+A mean of the micro-batches' means would weigh a token of a short reply more than one of a long reply (packed micro-batches hold
+very different numbers of trained tokens). Megatron divides once, at the end: with `calculate_per_token_loss` each micro-batch hands
+its sum and its count to the schedule, gradients accumulate the sums, and `finalize_model_grads` divides by the count over all
+ranks.
 
 Source: equation 1 of the Step-Audio-R1.5 report (the weights of the mixture are in the data, not in the loss).
 """
@@ -24,8 +25,8 @@ def masked_loss(
         sources: number of sources.
 
     Returns:
-        The summed loss (with gradient), the number of trained tokens (int32), and `{"sums": [sources, 2]}`: loss sum and token count
-        of each source, float64 on the device (no host synchronisation here).
+        The summed loss (with gradient), the number of trained tokens (int32), and `{"sums": [sources, 2]}`: loss sum and token
+        count of each source, float64 on the device (no host synchronisation here).
     """
     trained = losses.float() * loss_mask
     sums = torch.zeros(sources, 2, dtype=torch.float64, device=losses.device)

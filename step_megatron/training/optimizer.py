@@ -93,7 +93,7 @@ def connect_gradients(transformer: TransformerConfig, model: list[DistributedDat
 
 @contextmanager
 def settled_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
-    """Inside, every rank holds the parameters after the last update: with overlap they are gathered during the next forward pass."""
+    """Inside, all ranks hold the parameters after the last update: with overlap they are gathered in the next forward pass."""
     overlapped = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapped:
         chunk.disable_forward_pre_hook()

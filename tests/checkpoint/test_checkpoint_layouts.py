@@ -1,4 +1,4 @@
-"""Checkpoints: weights are read bit for bit in any layout, training goes on as if it had not stopped, half-written ones are not seen."""
+"""Checkpoints: weights are the same bits in any layout, training goes on as if it had not stopped, half-written ones do not count."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Runs on every rank of a worker pool: the real training step on synthetic micro-batches, in any layout, gathered to full tensors."""
+"""Runs on every rank of a worker pool: the real training step on synthetic micro-batches, in any layout, as full tensors."""
 
 from typing import Any
 from unittest import mock
@@ -45,8 +45,8 @@ def train(rank: int, world_size: int, *, transformer: dict, optimizer: str, ddp:
     """Train a few steps in one layout.
 
     Returns:
-        `losses` (one line of metrics per step), `gradients` of the first step and `parameters` after the last, full tensors by full
-        name (on every rank the same).
+        `lines` of metrics, one a step; `gradients` of the first step and `parameters` after the last, full tensors by full name,
+        the same on every rank.
     """
     from step_megatron.runtime.device import initialize
     from step_megatron.training.optimizer import settled_parameters

@@ -25,7 +25,7 @@ def audio_tokens(frames: int) -> int:
 
 
 def segment(length: int, frames: tuple[int, ...], trained: int, seed: int, name: str) -> tuple[MicroBatch, dict[str, Clip]]:
-    """One conversation of `length` tokens with a clip of one chunk per entry of `frames`; the last `trained` tokens are trained."""
+    """One conversation of `length` tokens with a clip of one chunk per entry of `frames`; its last `trained` are trained."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(1, length)
     mask[:, length - trained :] = 1

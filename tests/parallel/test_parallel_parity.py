@@ -1,6 +1,6 @@
 """Every parallel layout, and packing, give the losses, gradients and parameters of one process, with audio in the batch.
 
-Four micro-batches a step with 19, 3, 22 and 21 trained tokens, clips in three of them; three steps; gradients through the adaptor too.
+Four micro-batches a step with 19, 3, 22 and 21 trained tokens, clips in three of them; three steps; the adaptor is trained too.
 """
 
 import pytest
