@@ -14,6 +14,7 @@ import torch
 
 from step_megatron.model.audio_lm import AudioLanguageModel
 from step_megatron.model.batch import ModelBatch
+from step_megatron.model.decode_step import DecodeStep, can_step
 from step_megatron.model.kv_cache import KeyValueCache
 from step_megatron.model.sampling import Sampler, Sampling
 from step_megatron.model.segments import PackedSegments, pack_segments
@@ -213,6 +214,7 @@ class _Decoder:
         self.device = model.rotary.cos.device
         self.lengths = [len(prompt.tokens) for prompt in self.prompts]
         self.positions = torch.tensor(self.lengths, device=self.device)
+        self._lean = DecodeStep(model.language_model) if can_step(model.language_model) else None
         # The last token is never fed back.
         self.cache = KeyValueCache(len(self.prompts), max(self.lengths) + max_new_tokens - 1)
 
@@ -232,10 +234,14 @@ class _Decoder:
     def step(self, tokens: list[int]) -> torch.Tensor:
         """Feed one token of every row; logits of the next ones, `[rows, vocabulary]` float32."""
         self.cache.begin_decode(self.positions, max(self.lengths) + 1)
-        packed = PackedSegments(qkv_format="thd", position_ids=self.positions, segment_lengths=(1,) * len(tokens))
         ids = torch.tensor(tokens, device=self.device).unsqueeze(0)
         embeddings = self.model.language_model.embedding(input_ids=ids, position_ids=None)
-        hidden = self._decode(embeddings, packed)
+        if self._lean is not None:
+            rotary = self.model.rotary(self.positions, embeddings.dtype)
+            hidden = self._lean(embeddings.squeeze(1), self.cache, self.positions, rotary).unsqueeze(1)
+        else:
+            packed = PackedSegments(qkv_format="thd", position_ids=self.positions, segment_lengths=(1,) * len(tokens))
+            hidden = self._decode(embeddings, packed)
         self.positions = self.positions + 1
         self.lengths = [length + 1 for length in self.lengths]
         return self._logits(hidden)

@@ -62,18 +62,25 @@ class KeyValueCache:
         Returns:
             `[T, heads, head_width]`.
         """
+        if self._mask is not None:
+            # The query heads of one group are the "queries" of that group: keys and values are read once, never repeated.
+            grouped = query.unflatten(1, (key.shape[1], -1))
+            return self.decode(layer, grouped, key, value, packed.position_ids, scale).flatten(1, 2)
+        self._store(layer, key, value, packed.position_ids)
+        return causal_attention_varlen(query, key, value, packed.cu_seqlens_q, packed.segment_lengths, scale)
+
+    def decode(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attention of one token a row; `query` `[rows, groups, heads / groups, head_width]`, the result is shaped like it."""
+        self._store(layer, key, value, positions)
+        longest = self._mask.shape[-1]
+        keys, values = self._keys[layer][:, :, :longest], self._values[layer][:, :, :longest]
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self._mask, scale=scale)
+
+    def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
         if layer not in self._keys:
             shape = (self.rows, key.shape[1], self.capacity, key.shape[2])
             self._keys[layer], self._values[layer] = key.new_zeros(shape), value.new_zeros(shape)
-        keys, values = self._keys[layer], self._values[layer]
-        keys[self._token_rows, :, packed.position_ids] = key
-        values[self._token_rows, :, packed.position_ids] = value
-        if self._mask is None:
-            return causal_attention_varlen(query, key, value, packed.cu_seqlens_q, packed.segment_lengths, scale)
-        longest = self._mask.shape[-1]
-        # The query heads of one group are the "queries" of that group: keys and values are read once, never repeated.
-        grouped = query.unflatten(1, (key.shape[1], -1))
-        out = F.scaled_dot_product_attention(
-            grouped, keys[:, :, :longest], values[:, :, :longest], attn_mask=self._mask, scale=scale
-        )
-        return out.flatten(1, 2)
+        self._keys[layer][self._token_rows, :, positions] = key
+        self._values[layer][self._token_rows, :, positions] = value

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.decoder_twins import ENCODER_WIDTH, VOCABULARY, audio_batch, huggingface_twin, model_of_twin, small_config
 
+from step_megatron.model.decode_step import can_step
 from step_megatron.model.generation import Prompt, ReasoningBudget, generate
 
 NEW = 12
@@ -48,8 +49,12 @@ def pair(runtime):
     return model_of_twin(config, twin), twin
 
 
-def test_greedy_equals_transformers_on_ragged_prompts_with_audio(pair):
+@pytest.mark.parametrize("lean", [True, False], ids=["lean-step", "megatron-layers"])
+def test_greedy_equals_transformers_on_ragged_prompts_with_audio(pair, lean, monkeypatch):
     model, twin = pair
+    assert can_step(model.language_model)
+    if not lean:
+        monkeypatch.setattr("step_megatron.model.generation.can_step", lambda language_model: False)
     prompts = make_prompts()
     model.train()
     expected = [twin_greedy(twin, model, prompt, NEW) for prompt in prompts]
@@ -64,8 +69,9 @@ def test_greedy_equals_transformers_on_ragged_prompts_with_audio(pair):
     assert model.adaptor.linear2.weight.grad.any(), "the model trains on after it has generated"
 
 
-def test_tied_embeddings_generate_too(runtime):
-    config = small_config(tied=True)
+@pytest.mark.parametrize("tied, qkv_bias", [(True, True), (False, False)], ids=["tied", "llama"])
+def test_other_decoders_generate_too(runtime, tied, qkv_bias):
+    config = small_config(tied, qkv_bias)
     twin = huggingface_twin(config)
     model = model_of_twin(config, twin)
     prompts = make_prompts()[:3]
