@@ -1,8 +1,8 @@
 """One decoding step through the torch layers, without what a training layer carries along.
 
 At one token a row, Megatron's layers spend most of their time outside of matrix products (about 100 module calls and autograd
-functions a step for four layers). This runs the same parameters through the same maths in some twenty calls a layer. Prompts still
-go through the layers themselves, and so does everything where a layer is not the plain Qwen2 or LLaMA one (see `can_step`).
+functions a step for four layers). This runs the same parameters through the same maths in some twenty calls a layer. Prompts
+still go through the layers themselves, and so does everything where a layer is not the plain Qwen2 or LLaMA one (see `can_step`).
 """
 
 from dataclasses import dataclass
