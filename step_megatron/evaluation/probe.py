@@ -65,8 +65,14 @@ class LogisticRegression:
             loss.backward()
             return loss
 
-        with torch.enable_grad():
-            optimizer.step(objective)
+        # Hundreds of small products: where cores are shared, a second thread waits longer than it works.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.enable_grad():
+                optimizer.step(objective)
+        finally:
+            torch.set_num_threads(threads)
         self.weight, self.bias = weight.detach(), bias.detach()
         return self
 
