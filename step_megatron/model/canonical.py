@@ -1,10 +1,10 @@
 """Computing in one canonical way, so that the bits of a row do not depend on how many rows or threads come with it.
 
 A BLAS library picks another kernel (another order of summation) for another number of rows, and splits the sum itself over
-threads when there are few rows (measured: MKL, 256 rows of width 2,048, two threads). The frozen encoder's outputs are cached and shared
-between ranks, so they must depend on the clip alone. Therefore every product runs on blocks of exactly `block` rows, the last one
-filled up with zeros, and on one thread; several threads each compute packs of their own. Within a block, a row's bits depend
-neither on its place nor on the other rows (tested).
+threads when there are few rows (measured: MKL, 256 rows of width 2,048, two threads). The frozen encoder's outputs are cached and
+shared between ranks, so they must depend on the clip alone. Therefore every product runs on blocks of exactly `block` rows, the
+last one filled up with zeros, and on one thread; several threads each compute packs of their own. Within a block, a row's bits
+depend neither on its place nor on the other rows (tested).
 """
 
 from collections.abc import Callable, Iterator, Sequence

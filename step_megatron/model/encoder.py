@@ -229,7 +229,11 @@ class AudioEncoder(nn.Module):
         Raises:
             ValueError: names the file and the setting or tensor that does not fit.
         """
-        self.load_state_dict(read_encoder_weights(Path(directory), self.config))
+        state, expected = read_encoder_weights(Path(directory), self.config), self.state_dict()
+        if state.keys() != expected.keys():
+            missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+            raise ValueError(f"{directory}: not this encoder; missing tensors: {missing[:5]}, unknown tensors: {unknown[:5]}")
+        self.load_state_dict(state)
         return self
 
     def reset_parameters(self, seed: int) -> "AudioEncoder":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import safe_open
 
 from step_megatron.config.schema import EncoderConfig
 
@@ -75,7 +76,8 @@ def from_ctranslate2(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     """Rename the `encoder/` tensors of a CTranslate2 Whisper model, as float32.
 
     Raises:
-        ValueError: if the stacked projection has a bias for the keys (Whisper has none), or tensors are missing or quantised.
+        KeyError: if a tensor is missing.
+        ValueError: if the stacked projection has a bias for the keys (Whisper has none), or tensors are quantised.
     """
     for name, tensor in tensors.items():
         if tensor.dim() and not tensor.is_floating_point():
@@ -175,36 +177,38 @@ class CTranslate2File:
 
 
 def read_encoder_weights(directory: Path, config: EncoderConfig) -> dict[str, torch.Tensor]:
-    """Read the encoder's weights from `directory` under released names, checked against `config`.
+    """Read the encoder's weights from `directory` under released names, checked against the sizes in `config`.
 
     Raises:
-        ValueError: if there are no weights, tensors are missing, or a size differs (names file, setting and both values).
+        ValueError: if there are no weights, a tensor is missing, or a size differs (names file, setting and both values).
     """
     source = directory / "model.bin"
-    if source.is_file():
-        state = from_ctranslate2(CTranslate2File(source).tensors("encoder/"))
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise ValueError(
-                f"encoder.weights: {directory} holds neither model.bin nor *.safetensors; run `step-megatron data fetch`"
-            )
-        source, state = directory, _from_safetensors(files)
-    _check_sizes(source, state, config)
+    try:
+        if source.is_file():
+            state = from_ctranslate2(CTranslate2File(source).tensors("encoder/"))
+        else:
+            source = directory
+            state = _from_safetensors(directory)
+        _check_sizes(source, state, config)
+    except KeyError as error:
+        raise ValueError(f"{source}: the tensor {error.args[0]} is missing; is it a whole audio encoder?") from None
     return state
 
 
-def _from_safetensors(files: list[Path]) -> dict[str, torch.Tensor]:
+def _from_safetensors(directory: Path) -> dict[str, torch.Tensor]:
     """Collect the encoder's tensors from one or more safetensors files, released or Hugging Face names, any usual prefix."""
-    from safetensors import safe_open
-
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"encoder.weights: {directory} holds neither model.bin nor *.safetensors; run `step-megatron data fetch`"
+        )
     held: dict[str, Path] = {}
     for file in files:
         with safe_open(file, framework="pt") as reader:
             held |= dict.fromkeys(reader.keys(), file)
     prefix = next((prefix for prefix in _PREFIXES if f"{prefix}conv1.weight" in held), None)
     if prefix is None:
-        raise ValueError(f"{files[0].parent}: no tensor is called [prefix]conv1.weight; is it an audio encoder?")
+        raise ValueError(f"{directory}: no tensor is called [prefix]conv1.weight; is it an audio encoder?")
     state = {}
     for name, file in held.items():
         if name.startswith(prefix):
