@@ -1,4 +1,4 @@
-"""Decoding and log-mel features: DALI does both, on the CPU or the GPU, fed by our own sampler.
+"""Decoding by DALI and log-mel features by DALI or torch, on the CPU or the GPU, fed by our own sampler.
 
     encoded bytes --decode--> one channel, 16 kHz, float32 --log_mel--> [mels, frames]
 
@@ -28,19 +28,21 @@ import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 
+from step_megatron.audio.dali_graphs import build_pipeline
 from step_megatron.audio.errors import AudioError
-from step_megatron.audio.geometry import HOP_SAMPLES, SAMPLE_RATE, chunk_frames, chunk_lengths
+from step_megatron.audio.geometry import SAMPLE_RATE, chunk_frames, chunk_lengths
 from step_megatron.audio.headers import AudioHeader, read_header
+from step_megatron.audio.log_mel import log_mel
 
 # Raised when decoding or features change in a way that changes bits, so that older indices and caches are not used.
 _REVISION = 1
 # Right padding of the released code: it makes the two tail frames.
 RIGHT_PADDING = 479
-_WINDOW = 400
 # One DALI batch: enough clips to keep the threads busy, little enough memory (a 25 s chunk needs 2 MB of spectrogram).
 _BATCH_CLIPS = 64
 _BATCH_BYTES = 256 << 20
@@ -89,10 +91,19 @@ class LogMelFrontEnd:
         device: where features are made and stay; decoding is always on the CPU.
         threads: DALI's CPU threads.
         max_seconds: longer clips fail with `too-long` before they are decoded, where the header tells the length.
+        backend: what makes features: `auto` is DALI on a GPU, and on a CPU torch, whose FFT is faster there (see `log_mel.py`).
     """
 
-    def __init__(self, mels: int, device: torch.device | str = "cpu", threads: int = 1, max_seconds: float = 600.0):
+    def __init__(
+        self,
+        mels: int,
+        device: torch.device | str = "cpu",
+        threads: int = 1,
+        max_seconds: float = 600.0,
+        backend: Literal["auto", "torch", "dali"] = "auto",
+    ):
         self.mels, self.device, self.threads, self.max_seconds = mels, torch.device(device), threads, max_seconds
+        self.backend = ("dali" if self.device.type == "cuda" else "torch") if backend == "auto" else backend
         self._pipelines: dict[str, object] = {}
 
     def decode(self, data: Sequence[bytes], names: Sequence[str] | None = None) -> list[DecodedClip | AudioError]:
@@ -129,10 +140,11 @@ class LogMelFrontEnd:
         Raises:
             ValueError: for an empty chunk or one of more than 25 s.
         """
+        if any(chunk_frames(len(waveform)).mel == 0 for waveform in waveforms):
+            raise ValueError("an empty chunk has no features")
+        if self.backend == "torch":
+            return [log_mel(waveform, self.mels).to(self.device) for waveform in waveforms]
         features: list[torch.Tensor] = []
-        for waveform in waveforms:
-            if chunk_frames(len(waveform)).mel == 0:
-                raise ValueError("an empty chunk has no features")
         for batch in _batches(range(len(waveforms)), [4 * len(waveform) for waveform in waveforms]):
             padded = [np.pad(waveforms[i].astype(np.float32, copy=False), (0, RIGHT_PADDING)) for i in batch]
             (outputs,) = self._run("log_mel", wave=padded)
@@ -144,7 +156,7 @@ class LogMelFrontEnd:
 
     def fingerprint(self) -> str:
         """What the bits of the features depend on beside the clip."""
-        return f"{decoder_version()}-{self.mels}-{self.device.type}"
+        return f"{decoder_version()}-{self.mels}-{self.device.type}-{self.backend}"
 
     def _check_length(self, clip: AudioHeader | DecodedClip) -> AudioHeader | DecodedClip:
         if clip.seconds is not None and clip.seconds > self.max_seconds:
@@ -176,7 +188,7 @@ class LogMelFrontEnd:
         """Feed one batch to a pipeline and return its outputs; a pipeline that failed is dropped, DALI cannot use it again."""
         pipeline = self._pipelines.get(kind)
         if pipeline is None:
-            pipeline = self._pipelines[kind] = _build(kind, self.mels, self.device, self.threads)
+            pipeline = self._pipelines[kind] = build_pipeline(kind, _BATCH_CLIPS, self.mels, self.device, self.threads)
         try:
             for name, batch in inputs.items():
                 pipeline.feed_input(name, batch)
@@ -197,72 +209,6 @@ def _batches(clips: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
         batches[-1].append(clip)
         room -= size
     return batches
-
-
-def _build(kind: str, mels: int, device: torch.device, threads: int):
-    """A DALI pipeline: `decode`, `resample` or `log_mel`."""
-    from nvidia.dali import Pipeline
-
-    on_gpu = kind == "log_mel" and device.type == "cuda"
-    # One batch at a time: the caller needs the result of what it fed before it can go on.
-    pipeline = Pipeline(
-        batch_size=_BATCH_CLIPS,
-        num_threads=threads,
-        device_id=(device.index or 0) if on_gpu else None,
-        prefetch_queue_depth=1,
-    )
-    graphs: dict[str, Callable] = {
-        "decode": _decode_graph,
-        "resample": _resample_graph,
-        "log_mel": lambda: _log_mel_graph(mels, on_gpu),
-    }
-    with pipeline:
-        pipeline.set_outputs(*graphs[kind]())
-    pipeline.build()
-    return pipeline
-
-
-def _decode_graph() -> tuple:
-    from nvidia.dali import fn, types
-
-    audio, rate = fn.decoders.audio(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1), dtype=types.FLOAT)
-    return audio, rate
-
-
-def _resample_graph() -> tuple:
-    from nvidia.dali import fn, types
-
-    wave = fn.external_source(name="wave", dtype=types.FLOAT, ndim=1)
-    rate = fn.external_source(name="rate", dtype=types.FLOAT, ndim=0)
-    return (fn.audio_resample(wave, in_rate=rate, out_rate=float(SAMPLE_RATE)),)
-
-
-def _log_mel_graph(mels: int, on_gpu: bool) -> tuple:
-    from nvidia.dali import fn, math, types
-
-    wave = fn.external_source(name="wave", dtype=types.FLOAT, ndim=1)
-    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_WINDOW) / _WINDOW)
-    power = fn.spectrogram(
-        wave.gpu() if on_gpu else wave,
-        nfft=_WINDOW,
-        window_length=_WINDOW,
-        window_step=HOP_SAMPLES,
-        window_fn=hann.astype(np.float32).tolist(),
-        center_windows=True,
-        reflect_padding=True,
-        power=2,
-    )
-    mel = fn.mel_filter_bank(
-        power,
-        sample_rate=float(SAMPLE_RATE),
-        nfilter=mels,
-        freq_low=0.0,
-        freq_high=SAMPLE_RATE / 2,
-        mel_formula="slaney",
-        normalize=True,
-    )
-    log = math.log10(math.max(mel[:, :-1], 1e-10))
-    return ((math.max(log, fn.reductions.max(log) - 8.0) + 4.0) * 0.25,)
 
 
 def _attempt(function: Callable, clip: object, *arguments: object):

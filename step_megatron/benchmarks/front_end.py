@@ -29,8 +29,8 @@ def run(options: Namespace) -> dict:
         options: `data` (folder of downloads), `repeats` (rounds), `clips` (sample size, None for 64).
 
     Returns:
-        `{"name", "ratio", "low", "high", "limit", ...}`: the ratio to the padded extractor (median, lowest, highest round; `limit`
-        is what is expected of it), the same to the unpadded one, and audio-seconds per CPU-second of all three.
+        `{"name", "ratio", "low", "high", "limit", ...}`: the ratio to the padded extractor (median, lowest, highest round;
+        `limit` is what is expected of it), the same to the unpadded one, and audio-seconds per CPU-second of all three.
     """
     from transformers import WhisperFeatureExtractor
 

@@ -1,6 +1,5 @@
 """The front end: any format decodes right or fails alone, and its log-mel is Whisper's, to the bit the same in any batch."""
 
-import functools
 import io
 import struct
 
@@ -22,30 +21,32 @@ LENGTHS = [1, 2, 159, 160, 161, 199, 200, 201, 320, 321, 399, 400, 401, 640, 100
 
 @pytest.fixture(scope="module")
 def front_ends():
-    return {mels: LogMelFrontEnd(mels, threads=1) for mels in (80, 128)}
+    return [LogMelFrontEnd(mels, threads=1, backend=backend) for mels in (80, 128) for backend in ("torch", "dali")]
 
 
 @pytest.fixture(scope="module")
 def front_end(front_ends):
-    return front_ends[80]
+    return front_ends[0]
 
 
-@functools.cache
-def extractor(mels):
-    return WhisperFeatureExtractor(feature_size=mels)
+def references(waveforms, mels):
+    """transformers' features of clips padded to 30 s: what the network sees, and what is cut off."""
+    extractor = WhisperFeatureExtractor(feature_size=mels)
+    return [reference(extractor, waveform) for waveform in waveforms]
 
 
-def reference(waveform, mels):
-    """transformers' features, padded to 30 s and cut to what the network sees."""
-    features = extractor(mels)(waveform, sampling_rate=16000, return_tensors="pt").input_features[0]
+def reference(extractor, waveform):
+    features = extractor(waveform, sampling_rate=16000, return_tensors="pt").input_features[0]
     return features[:, : chunk_frames(len(waveform)).network], features[:, chunk_frames(len(waveform)).network :]
 
 
 def assert_whisper_features(front_ends, waveforms):
-    for mels, front_end in front_ends.items():
-        for waveform, features in zip(waveforms, front_end.log_mel(waveforms), strict=True):
-            expected, beyond = reference(waveform, mels)
-            assert features.shape == (mels, chunk_frames(len(waveform)).network)
+    expected_of = {mels: references(waveforms, mels) for mels in (80, 128)}
+    for front_end in front_ends:
+        for waveform, features, (expected, beyond) in zip(
+            waveforms, front_end.log_mel(waveforms), expected_of[front_end.mels], strict=True
+        ):
+            assert features.shape == (front_end.mels, chunk_frames(len(waveform)).network)
             torch.testing.assert_close(features, expected, rtol=0, atol=TOLERANCE)
             # What is cut off is silence: one value everywhere.
             assert beyond.numel() == 0 or beyond.min() == beyond.max()
@@ -73,9 +74,10 @@ def test_features_equal_whispers_for_hard_signals(front_ends):
     assert_whisper_features(front_ends, [signal.astype(np.float32) for signal in signals.values()])
 
 
-def test_digital_silence_has_one_value(front_end):
-    (features,) = front_end.log_mel([np.zeros(5000, np.float32)])
-    assert torch.equal(features, torch.full_like(features, -1.5))
+def test_digital_silence_has_one_value(front_ends):
+    for front_end in front_ends:
+        (features,) = front_end.log_mel([np.zeros(5000, np.float32)])
+        assert torch.equal(features, torch.full_like(features, -1.5))
 
 
 def test_the_maximum_is_taken_per_chunk(front_ends):
@@ -86,12 +88,26 @@ def test_the_maximum_is_taken_per_chunk(front_ends):
     assert_whisper_features(front_ends, chunks)
 
 
-def test_companions_do_not_change_a_bit(front_end):
+def test_companions_do_not_change_a_bit(front_ends):
     clips = [voice(seconds, seed=i).astype(np.float32) for i, seconds in enumerate([0.5, 3.0, 0.03, 1.7])]
-    together = front_end.log_mel(clips)
-    for clip, features in zip(clips, together, strict=True):
-        assert torch.equal(front_end.log_mel([clip])[0], features)
-    assert torch.equal(front_end.log_mel(clips[::-1] * 20)[0], together[-1])
+    for front_end in front_ends:
+        together = front_end.log_mel(clips)
+        for clip, features in zip(clips, together, strict=True):
+            assert torch.equal(front_end.log_mel([clip])[0], features)
+        assert torch.equal(front_end.log_mel(clips[::-1] * 20)[0], together[-1])
+
+
+def test_the_number_of_threads_does_not_change_a_bit():
+    """Ranks of one node have fewer threads each the more there are, and share what they encode."""
+    clip, before = voice(20.0).astype(np.float32), torch.get_num_threads()
+    try:
+        features = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            features.append(LogMelFrontEnd(128, threads=threads).log_mel([clip])[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(features[0], features[1]) and torch.equal(features[0], features[2])
 
 
 def test_chunks_that_are_none_are_refused(front_end):
@@ -282,7 +298,7 @@ def test_real_clips_have_whispers_features(front_ends, step_data):
     if not files:
         pytest.skip("no open-speech data; `step-megatron data fetch` and `data build` make it")
     chosen = files[:: max(1, len(files) // 12)]
-    clips = front_ends[80].decode([file.read_bytes() for file in chosen], [file.name for file in chosen])
+    clips = front_ends[0].decode([file.read_bytes() for file in chosen], [file.name for file in chosen])
     chunks = [chunk for clip in clips for chunk in split_chunks(clip.waveform)]
     assert len(chunks) >= len(chosen)
     assert_whisper_features(front_ends, chunks)
