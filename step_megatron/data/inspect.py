@@ -132,7 +132,8 @@ class _Duplicates:
             self.splits["transcripts"][_normalised(transcript)].add(split)
         if not clips:
             asked = " ".join(turn.text for turn in conversation.turns if turn.role == "human")
-            self.splits["questions"][_normalised(asked)].add(split)
+            # Signs stay: 12 + 2 is not 12 - 2.
+            self.splits["questions"][" ".join(asked.casefold().split())].add(split)
 
     def report(self) -> dict[str, list[str]]:
         found = {"ids": sorted(name for name, count in self.ids.items() if count > 1)}

@@ -29,7 +29,8 @@ def files(tmp_path):
     test = [
         clip("c", "c.wav", "hello there", split="test"),
         clip("d", "d.wav", "new", split="validation"),
-        ask("t", "2+2", task="sum"),
+        ask("t", "2  +\n2?", task="sum"),
+        ask("minus", "2 - 2?", task="sum"),
         ask("u", "3 + 1?", task="sum"),
     ]
     write_conversations(tmp_path / "train.jsonl", train)
@@ -58,7 +59,7 @@ def test_counts_are_the_sums_of_the_conversations(files, compact):
     assert heard["tokens"] == sum(len(sample.input_ids) for sample in samples)
     assert heard["trained_tokens"] == sum(sample.trained_tokens for sample in samples)
     assert rows["corpus", "transcription", "validation"]["not_indexed"] == 1
-    assert report["total"]["conversations"] == 7 and report["total"]["audio_seconds"] == 53
+    assert report["total"]["conversations"] == 8 and report["total"]["audio_seconds"] == 53
     assert json.loads(json.dumps(report)) == report
 
 
@@ -68,7 +69,7 @@ def test_what_is_in_two_splits_is_found(files, compact):
         "ids": ["t"],
         "clips": ["2 (test, train)"],
         "transcripts": ["hello there (test, train)"],
-        "questions": ["2 2 (test, train)"],
+        "questions": ["2 + 2? (test, train)"],
     }
     lone = inspect_files(files.paths[:1], compact, files.index)["duplicates"]
     assert not any(lone.values())
@@ -76,7 +77,7 @@ def test_what_is_in_two_splits_is_found(files, compact):
 
 def test_without_index_and_tokenizer_the_rest_is_counted(files):
     total = inspect_files(files.paths)["total"]
-    assert (total["conversations"], total["clips"], total["audio_seconds"], total["tokens"]) == (7, 4, 0, 0)
+    assert (total["conversations"], total["clips"], total["audio_seconds"], total["tokens"]) == (8, 4, 0, 0)
 
 
 def test_table_has_a_line_for_each_row(files, compact):
