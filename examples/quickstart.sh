@@ -29,12 +29,10 @@ mkdir -p "$run"
 stage() {
     local name="$1" began=$SECONDS took
     shift
-    echo
-    echo "== $name"
+    printf '\n== %s (the stages before it: %s s)\n' "$name" "$began"
     "$@"
     took=$((SECONDS - began))
     [ "$took" -le "$(cat "$run/seconds.$name" 2>/dev/null || echo 0)" ] || echo "$took" > "$run/seconds.$name"
-    echo "== $name: $took s"
 }
 
 several() { torchrun --standalone --nproc-per-node "$ranks" -m step_megatron.cli "$@"; }

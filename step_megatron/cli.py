@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("STEP_TRACEBACK"):
             raise
         # What is wrong with a setting is wrong on every rank: once is enough. A failure of one rank alone is not hidden.

@@ -78,23 +78,21 @@ def midtrain(config: Config) -> dict[str, Any]:
 
 
 def encode(config: Config) -> int:
-    """Encode every clip of a recipe into the cache, shared over the ranks; every rank calls this.
+    """Encode every clip of the audio index (all splits) into the cache, shared over the ranks; every rank calls this.
 
     Returns:
-        Clips that the cache holds.
+        Clips that were encoded now.
 
     Raises:
-        ConfigError: the recipe keeps no cache, so there is nowhere to put them.
+        ConfigError: the recipe keeps no cache, so there is nowhere to put them, or names no index.
     """
-    if config.audio.cache == "off":
-        raise ConfigError("audio.cache=off: encoded clips are not kept; set audio.cache=on to encode beforehand")
+    if config.audio.cache == "off" or not config.data.index:
+        raise ConfigError("set audio.cache=on and data.index: clips are encoded beforehand into the cache, and the index lists them")
     config = dataclasses.replace(config, audio=dataclasses.replace(config.audio, cache="on"))
     runtime = initialize(config)
     try:
         index = AudioIndex.load(config.data.index)
-        loader = MixtureLoader(config, load_tokenizer(config), index, runtime.dp_rank, runtime.dp_size)
-        audio = open_audio(config, runtime, index, loader)
-        return 0 if audio.cache is None else len(audio.cache)
+        return _encoded_audio(config, runtime, index, passes=2).prepare([clip.address for clip in index])
     finally:
         shutdown()
 
@@ -109,7 +107,7 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
     loader = MixtureLoader(config, tokenizer, index, *place)
     held_out = _held_out(config)
     validation = MixtureLoader(held_out, tokenizer, index, *place) if held_out else None
-    audio = open_audio(config, runtime, index, loader) if index is not None else None
+    audio = _open_audio(config, runtime, index, loader) if index is not None else None
     state = build_state(config, runtime.control_group)
     step, extra = 0, {}
     checkpoint = latest_checkpoint(config.run.dir)
@@ -246,10 +244,14 @@ def _validation_batches(
     return lambda: on_device(micro_batches)
 
 
-def open_audio(config: Config, runtime: Runtime, index: AudioIndex, loader: MixtureLoader) -> EncodedAudio:
-    """The encoder with its cache; encodes now what the run will use, unless it streams."""
+def _encoded_audio(config: Config, runtime: Runtime, index: AudioIndex, passes: float) -> EncodedAudio:
     encoder = build_encoder(config.encoder, config.audio.encoder_block, config.adaptor.compat, config.run.seed)
-    audio = open_encoded_audio(config, encoder.to(runtime.device), index, runtime, _passes(config, loader))
+    return open_encoded_audio(config, encoder.to(runtime.device), index, runtime, passes)
+
+
+def _open_audio(config: Config, runtime: Runtime, index: AudioIndex, loader: MixtureLoader) -> EncodedAudio:
+    """The encoder with its cache; encodes now what the run will use, unless it streams."""
+    audio = _encoded_audio(config, runtime, index, _passes(config, loader))
     if audio.cache is not None:
         conversations = (
             loader.sources.conversation(source, row)
