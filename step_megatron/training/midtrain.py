@@ -87,7 +87,9 @@ def encode(config: Config) -> int:
         ConfigError: the recipe keeps no cache, so there is nowhere to put them, or names no index.
     """
     if config.audio.cache == "off" or not config.data.index:
-        raise ConfigError("set audio.cache=on and data.index: clips are encoded beforehand into the cache, and the index lists them")
+        raise ConfigError(
+            "set audio.cache=on and data.index: clips are encoded beforehand into the cache, and the index lists them"
+        )
     config = dataclasses.replace(config, audio=dataclasses.replace(config.audio, cache="on"))
     runtime = initialize(config)
     try:

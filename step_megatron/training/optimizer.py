@@ -26,7 +26,7 @@ def build_optimizer_config(megatron: MegatronConfig, transformer: TransformerCon
         ConfigError: unknown field, missing learning rate, or a value that contradicts `megatron.ddp` or the model's precision.
     """
     values = {"min_lr": 0.0, **megatron.optimizer}
-    if "lr" not in values:
+    if values.get("lr") is None:
         raise ConfigError("megatron.optimizer.lr is not set; give the peak learning rate, for example 1e-4")
     if values["min_lr"] > values["lr"]:
         raise ConfigError(f"megatron.optimizer.min_lr={values['min_lr']} exceeds megatron.optimizer.lr={values['lr']}")

@@ -25,7 +25,9 @@ OPTIMIZERS = {
 STEPS = 3
 
 
-def test_config(transformer: dict[str, Any], optimizer: dict[str, Any], ddp: dict[str, Any] | None = None) -> Config:
+def small_config(
+    transformer: dict[str, Any], optimizer: dict[str, Any], ddp: dict[str, Any] | None = None, freeze: tuple[str, ...] = ()
+) -> Config:
     """A small model: 4 layers, width 64."""
     sizes = {
         "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 4, "num_query_groups": 2,
@@ -33,7 +35,7 @@ def test_config(transformer: dict[str, Any], optimizer: dict[str, Any], ddp: dic
     }  # fmt: skip
     return Config(
         run=RunConfig(device="cpu", threads=1, seed=7),
-        model=ModelConfig(preset="test", vocabulary_size=VOCABULARY, max_positions=256, rotary_base=1e4),
+        model=ModelConfig(preset="test", vocabulary_size=VOCABULARY, max_positions=256, rotary_base=1e4, freeze=list(freeze)),
         encoder=EncoderConfig(mels=8, width=ENCODER_WIDTH, layers=1, heads=2, ffn_width=48),
         adaptor=AdaptorConfig(width=32),
         training=TrainingConfig(steps=STEPS, micro_batches_per_step=4),
@@ -41,7 +43,16 @@ def test_config(transformer: dict[str, Any], optimizer: dict[str, Any], ddp: dic
     )
 
 
-def train(rank: int, world_size: int, *, transformer: dict, optimizer: str, ddp: dict | None = None, packed: bool = True) -> dict:
+def train(
+    rank: int,
+    world_size: int,
+    *,
+    transformer: dict,
+    optimizer: str,
+    ddp: dict | None = None,
+    packed: bool = True,
+    freeze: tuple[str, ...] = (),
+) -> dict:
     """Train a few steps in one layout.
 
     Returns:
@@ -51,7 +62,7 @@ def train(rank: int, world_size: int, *, transformer: dict, optimizer: str, ddp:
     from step_megatron.runtime.device import initialize
     from step_megatron.training.optimizer import settled_parameters
 
-    config = test_config(transformer, OPTIMIZERS[optimizer], ddp)
+    config = small_config(transformer, OPTIMIZERS[optimizer], ddp, freeze)
     runtime = initialize(config)
     state = lively_state(config)
     trainer = make_trainer(config, runtime, state, packed)
@@ -75,6 +86,7 @@ def lively_state(config: Config):
     from megatron.core import parallel_state
 
     from step_megatron.model.weights import cut_dimension, full_names, shard
+    from step_megatron.runtime import device
     from step_megatron.training import state
 
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
@@ -93,7 +105,7 @@ def lively_state(config: Config):
 
     state_build_model = state.build_model
     with mock.patch.object(state, "build_model", build):
-        return state.build_state(config)
+        return state.build_state(config, device.current().control_group)
 
 
 def run_step(trainer) -> dict[str, float]:
@@ -148,7 +160,7 @@ def full_tensors(model, pick, sharded: bool = False) -> dict[str, torch.Tensor]:
     for chunk in model:
         inner = unwrap(chunk)
         names = full_names(inner)
-        local |= {names[name]: pick(parameter).detach().clone() for name, parameter in inner.named_parameters()}
+        local |= {names[n]: pick(p).detach().clone() for n, p in inner.named_parameters() if p.requires_grad}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (parallel_state.get_tensor_model_parallel_rank(), local))
     parts: dict[str, dict[int, torch.Tensor]] = {}
@@ -194,7 +206,7 @@ def load_weights(rank: int, world_size: int, *, transformer: dict, directory: st
     from step_megatron.model.audio_lm import build_model
     from step_megatron.runtime.device import initialize
 
-    config = test_config(transformer, OPTIMIZERS["adam"])
+    config = small_config(transformer, OPTIMIZERS["adam"])
     initialize(config)
     model = build_model(config)
     load_model_weights(model, directory)
@@ -204,5 +216,5 @@ def load_weights(rank: int, world_size: int, *, transformer: dict, directory: st
 def prepare(transformer: dict, optimizer: str, ddp: dict):
     from step_megatron.runtime.device import initialize
 
-    config = test_config(transformer, OPTIMIZERS[optimizer], ddp)
+    config = small_config(transformer, OPTIMIZERS[optimizer], ddp)
     return make_trainer(config, initialize(config), lively_state(config))
