@@ -51,12 +51,14 @@ class ChunkFrames:
         return self.mel + TAIL_FRAMES if self.mel else 0
 
 
-def chunk_frames(num_samples: int, adaptor: AdaptorKind = "step") -> ChunkFrames:
+def chunk_frames(num_samples: int, adaptor: AdaptorKind = "step", compat: Literal["clean", "step"] = "clean") -> ChunkFrames:
     """Lengths of one chunk.
 
     Args:
         num_samples: samples at 16 kHz, at most one chunk (400,000).
         adaptor: `step` (12.5 Hz) or `linear` (25 Hz).
+        compat: with `step` the encoder emits, for a quarter of the lengths, one invalid frame more, as the released code does
+            (`step_megatron.model.encoder` says why); the number of tokens is the same.
 
     Raises:
         ValueError: for a negative length, one longer than a chunk, or an unknown adaptor.
@@ -69,7 +71,7 @@ def chunk_frames(num_samples: int, adaptor: AdaptorKind = "step") -> ChunkFrames
         raise ValueError(f"adaptor must be 'step' or 'linear', got {adaptor!r}")
     mel = -(-num_samples // HOP_SAMPLES)
     conv = (mel + 1) // 2
-    encoder = conv // 2
+    encoder = conv // 2 + (compat == "step" and conv % 4 == 3)
     tokens = (encoder - 1) // 2 + 1 if adaptor == "step" else encoder
     return ChunkFrames(num_samples, mel, conv, encoder, tokens)
 

@@ -77,7 +77,7 @@ class MixtureLoader:
                 f"training.micro_batches_per_step is {self.bins_per_step}; make it a multiple of {dp_size} data-parallel ranks"
             )
         self.tokenizer, self.index, self.dp_rank, self.dp_size = tokenizer, index, dp_rank, dp_size
-        self.template, self.adaptor, self.pin = config.tokenizer.template, config.adaptor.kind, pin_memory
+        self.template, self.adaptor, self.pin = config.tokenizer.template, config.adaptor, pin_memory
         self.window_size, self.seed = max(1, config.data.packing_window), config.run.seed
         self.padding = _padding(config)
         self.budget = config.data.tokens_per_micro_batch // self.padding.row_multiple * self.padding.row_multiple
@@ -116,7 +116,8 @@ class MixtureLoader:
 
     def clip_frames(self, address: str) -> list[ChunkFrames]:
         """Lengths of every chunk of an indexed clip; raises as `clip_tokens`."""
-        return [chunk_frames(samples, self.adaptor) for samples in chunk_lengths(self.index[address].num_samples)]
+        kind, compat = self.adaptor.kind, self.adaptor.compat
+        return [chunk_frames(samples, kind, compat) for samples in chunk_lengths(self.index[address].num_samples)]
 
     def _has_tokens(self, address: str) -> bool:
         try:

@@ -40,7 +40,10 @@ def test_every_frame_count_of_a_chunk():
 
 def test_the_released_compatibility_makes_the_same_counts():
     samples = [HOP * frames for frames in range(1, CHUNK // HOP + 1, 13)]
-    assert tokens_of(features_of(samples, "step"), "step", "step") == [chunk_frames(count).tokens for count in samples]
+    features, planned = features_of(samples, "step"), [chunk_frames(count, "step", "step") for count in samples]
+    assert [feature.shape[0] for feature in features] == [frames.encoder for frames in planned]
+    assert tokens_of(features, "step", "step") == [frames.tokens for frames in planned]
+    assert [frames.tokens for frames in planned] == [chunk_frames(count).tokens for count in samples]
 
 
 @given(st.one_of(st.integers(1, 3000), st.integers(1, 2 * CHUNK)), st.sampled_from(["step", "linear"]))
