@@ -9,7 +9,7 @@ A folder for each encoder fingerprint holds shards that are only ever appended t
               payload: bfloat16 [sum(chunk_frames), width], little-endian, padded to 16 bytes
 
 A record counts when it is whole and its checksum fits: a process killed in the middle leaves a torn tail that the next reader
-stops at. The index is made in memory from the record headers; payloads are read through mmap, and checked when first read. No
+stops at. The index is made in memory from the record headers; payloads are read through mmap, and checked. No
 file is ever changed in place, so readers need no lock. When the folder grows above its limit, the oldest shards that no process
 writes leave.
 """

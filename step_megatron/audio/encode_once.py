@@ -32,8 +32,8 @@ from step_megatron.runtime.progress import Progress, get_logger
 
 # Samples that are decoded and encoded together: 5 minutes, 15 MB of log-mel.
 _PACK_SAMPLES = 300 * SAMPLE_RATE
-# Failures of the place, not of the content: they are not remembered in the cache, the clip may be there next time.
-_PASSING = ("missing", "unreadable")
+# Failures of the place or of the settings, not of the content: they are not kept in the cache, the clip may be right next time.
+_PASSING = ("missing", "unreadable", "too-long")
 
 logger = get_logger(__name__)
 
@@ -331,7 +331,7 @@ def _as_promised(outcome: DecodedClip | AudioError, info: ClipInfo) -> DecodedCl
     """The outcome, or an error where the clip is not as long as the plan's token count assumes."""
     if isinstance(outcome, DecodedClip) and len(outcome.waveform) != info.num_samples:
         return AudioError(
-            "corrupt", f"{len(outcome.waveform)} samples at 16 kHz, the index promised {info.num_samples}; validate again"
+            "unreadable", f"{len(outcome.waveform)} samples at 16 kHz, the index promised {info.num_samples}; validate again"
         )
     return outcome
 

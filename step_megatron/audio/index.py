@@ -25,6 +25,7 @@ from step_megatron.audio.address import AudioAddress, parse_address
 from step_megatron.audio.errors import AudioError, QuarantineLimitExceeded
 from step_megatron.audio.front_end import DecodedClip, LogMelFrontEnd, decoder_version, is_silent
 from step_megatron.audio.geometry import MIN_CHUNK_SAMPLES, SAMPLE_RATE
+from step_megatron.audio.tar_index import audio_members
 from step_megatron.runtime.progress import Progress
 
 INDEX_NAME, QUARANTINE_NAME = "index.jsonl", "quarantine.jsonl"
@@ -149,7 +150,8 @@ def validate(
     or sample width is right.
 
     Args:
-        addresses: clips; a relative path is taken from `root`.
+        addresses: clips, or shards (`s.tar`, `s-{000..127}.tar`), which stand for all their clips; a relative path is taken from
+            `root`.
         out_dir: folder of `index.jsonl` and `quarantine.jsonl`; clips of earlier calls stay in them.
         quarantine_limit: share of `addresses` that may be unusable.
         threads: readers and decoders; 0 is every core.
@@ -157,11 +159,12 @@ def validate(
     Raises:
         QuarantineLimitExceeded: after everything is written, when the share is above the limit.
         ValueError: for a malformed address.
+        AudioError: for a shard that is no readable tar.
     """
     threads = threads or len(os.sched_getaffinity(0))
     out_dir = Path(os.path.abspath(out_dir))
     out_dir.mkdir(parents=True, exist_ok=True)
-    wanted = {_relative(address, root, out_dir): None for address in addresses}
+    wanted = {_relative(clip, out_dir): None for address in addresses for clip in _clips_of(address, root)}
     clips, quarantined = _known(out_dir, wanted, max_seconds)
     missing = [address for address in wanted if address not in clips and address not in quarantined]
     # Written whole before anything is appended: an interrupted run may have left half a line.
@@ -189,9 +192,16 @@ def validate(
     return report
 
 
-def _relative(address: str | AudioAddress, root: str | Path, out_dir: Path) -> str:
+def _clips_of(address: str | AudioAddress, root: str | Path) -> Iterable[AudioAddress]:
+    """The clip of an address, or all clips of a shard."""
+    place = parse_address(str(address), os.path.abspath(root))
+    whole_shard = place.member is None and place.offset is None and place.path.endswith(".tar")
+    return audio_members(place.path) if whole_shard else (place,)
+
+
+def _relative(address: AudioAddress, out_dir: Path) -> str:
     """The address as the index writes it: relative to the index's folder for what lies under it, else absolute."""
-    text = str(parse_address(str(address), os.path.abspath(root)))
+    text = str(address)
     return os.path.relpath(text, out_dir) if text.startswith(str(out_dir) + os.sep) else text
 
 

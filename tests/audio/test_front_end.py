@@ -2,6 +2,7 @@
 
 import io
 import struct
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import WhisperFeatureExtractor
 from step_megatron.audio.errors import AudioError
 from step_megatron.audio.front_end import LogMelFrontEnd, split_chunks
 from step_megatron.audio.geometry import CHUNK_SAMPLES, chunk_frames, chunk_lengths
+from step_megatron.benchmarks.front_end import run
 
 TOLERANCE = 2e-4
 # One sample; around the STFT's hop, half window and window; around the first tokens; a whole chunk.
@@ -302,3 +304,9 @@ def test_real_clips_have_whispers_features(front_ends, step_data):
     chunks = [chunk for clip in clips for chunk in split_chunks(clip.waveform)]
     assert len(chunks) >= len(chosen)
     assert_whisper_features(front_ends, chunks)
+
+
+def test_the_benchmark_gives_its_figures(tmp_path):
+    result = run(Namespace(data=tmp_path, repeats=1, clips=2))
+    assert result["name"] == "front-end" and result["source"] == "synthetic"
+    assert 0 < result["low"] <= result["ratio"] <= result["high"] and result["ratio_unpadded"] > 0

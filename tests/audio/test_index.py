@@ -168,6 +168,19 @@ def test_tar_members_and_byte_ranges_are_validated_alike(tmp_path):
     assert {index[address].sha256 for address in addresses} == {hashlib.sha256(data).hexdigest()}
 
 
+def test_shards_stand_for_all_their_clips(tmp_path):
+    import tarfile
+
+    write_voice(tmp_path / "a.wav", 0.5)
+    (tmp_path / "a.json").write_text("{}")
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"s-{shard}.tar", "w") as archive:
+            for name in ("a.wav", "a.json"):
+                archive.add(tmp_path / name, f"{shard}{name}")
+    assert validate(["s-{0..1}.tar"], tmp_path, tmp_path, threads=1).valid == 2
+    assert [clip.address for clip in AudioIndex.load(tmp_path)] == ["s-0.tar::0a.wav", "s-1.tar::1a.wav"]
+
+
 def test_a_damaged_index_names_file_and_line(tmp_path):
     write_voice(tmp_path / "a.wav", 0.5)
     validate(["a.wav"], tmp_path, tmp_path, threads=1)
