@@ -25,7 +25,8 @@ WORDS = ["recording", "because", "Hello", "said"]
 
 def ranks() -> list[bytes]:
     """151,643 byte strings; each longer one is two earlier ones joined, as in a trained BPE. A few words are one token."""
-    made = [bytes([byte]) for byte in range(256)]
+    # As in Qwen's file, a byte's rank is not its value: rank 0 is "!".
+    made = [bytes([(byte + 33) % 256]) for byte in range(256)]
     for word in WORDS:
         made += [word[:end].encode() for end in range(2, len(word) + 1)] + [f" {word}".encode()]
     # Tokens that would merge over the seams of a template.
