@@ -19,7 +19,7 @@ setup(
         "soundfile>=0.13,<0.15",
         "av>=16,<19",
         "pyyaml>=6,<7",
-        "tiktoken>=0.9,<0.14",
+        "tiktoken>=0.9,<0.15",
         "safetensors>=0.5,<0.9",
         "tensorboard>=2.18,<2.22",
         "einops>=0.8,<0.10",

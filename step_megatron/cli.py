@@ -1,4 +1,4 @@
-"""The command line: `step-megatron doctor | data | train | eval | chat | bench`.
+"""The command line: `step-megatron doctor | data | train | eval | report | chat | bench`.
 
 Every command imports what it needs when it runs, so that `--help` and `doctor` work on a machine where the rest does not.
 An error that a user can mend (a bad path, a bad setting, bad data) prints one line and exits with 2; anything else is a defect
@@ -94,9 +94,7 @@ def _add_data(commands) -> None:
     parser = _command(data, "inspect", _data_inspect, "counts, durations and tokens by source, task and split")
     parser.add_argument("paths", nargs="+", type=Path, metavar="CONVERSATIONS.jsonl")
     parser.add_argument("--json", action="store_true")
-    parser = _command(
-        data, "validate", _data_validate, "decode every clip once; index the good, quarantine the bad with a reason"
-    )
+    parser = _command(data, "validate", _data_validate, "decode every clip once; index the good, quarantine the bad")
     parser.add_argument("paths", nargs="+", type=Path, metavar="CONVERSATIONS.jsonl")
     parser.add_argument("--out", type=Path, help="folder of index.jsonl and quarantine.jsonl (default: beside the first file)")
     parser.add_argument("--limit", type=float, default=0.01, help="share of bad clips above which this fails")
@@ -117,9 +115,12 @@ def _add_train(commands) -> None:
 def _add_eval(commands) -> None:
     parser = _command(commands, "eval", _eval, "held-out accuracy beside majority class, linear probe and another clip's audio")
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default=_default_data())
+    parser.add_argument("--data", type=Path, default=_default_data() / "open-speech", help="folder that `data build` wrote")
     parser.add_argument("--limit", type=int, help="items a task, for a quick look")
-    parser.add_argument("--ablation", type=Path, help="results.json of a run without the text-only source, shown beside")
+    parser = _command(commands, "report", _report, "one self-contained HTML file of a run that was evaluated")
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=_default_data() / "open-speech")
+    parser.add_argument("--ablation", type=Path, help="results.json of another run, such as one without text, shown beside")
 
 
 def _add_chat(commands) -> None:
@@ -201,7 +202,14 @@ def _eval(options) -> None:
 
     results = options.run / "results.json"
     evaluate(options.run, options.data, results, Limits(items_per_task=options.limit or 0))
-    write_report(options.run, options.data, options.run / "report.html", results, options.ablation)
+    write_report(options.run, options.data, options.run / "report.html")
+
+
+def _report(options) -> None:
+    from step_megatron.evaluation.report import write_report
+
+    write_report(options.run, options.data, options.run / "report.html", ablation=options.ablation)
+    print(options.run / "report.html")
 
 
 def _chat(options) -> None:
