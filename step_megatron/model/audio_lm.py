@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from step_kernels import merge_audio_embeddings
@@ -49,6 +49,12 @@ class AudioLanguageModel(MegatronModule):
         device = next(self.language_model.parameters()).device
         self.rotary = RotaryTable(transformer.kv_channels, config.model.max_positions, config.model.rotary_base, device)
         self.encoder_width = config.encoder.width
+        self._predicted: torch.Tensor | None = None
+        if self.post_process:
+            self.language_model.decoder.register_forward_hook(self._select_predicted)
+            output_layer = self.language_model.output_layer
+            output_layer.allreduce_dgrad |= output_layer.sequence_parallel
+            output_layer.sequence_parallel = False
         if self.pre_process:
             # The adaptor is whole on every tensor-parallel rank, so all draw it alike, without disturbing the run's generators.
             with torch.random.fork_rng(devices=[]):
@@ -68,12 +74,14 @@ class AudioLanguageModel(MegatronModule):
         """Run this stage.
 
         Returns:
-            Last stage with labels: the loss of every token, `[1, T_local]` float32. Last stage without labels: logits,
-            `[1, T_local, vocabulary / tp]`. Other stages: activations, `[T_local (/ tp with sequence parallelism), 1, width]`.
+            Last stage with labels: the loss of every token, `[1, T_local]`, or of those in `batch.predicted`, `[1, n]`; float32.
+            Last stage without labels: logits, `[1, T_local, vocabulary / tp]`. Other stages: activations,
+            `[T_local (/ tp with sequence parallelism), 1, width]`.
         """
         rotary = self.rotary(batch.packed.position_ids, self.config.params_dtype)
         packed = dataclasses.replace(batch.packed, rotary=rotary)
         decoder_input = self.embed(batch) if self.pre_process else None
+        self._predicted = batch.predicted
         return self.language_model(
             input_ids=None,
             position_ids=None,
@@ -99,6 +107,13 @@ class AudioLanguageModel(MegatronModule):
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.tp_group)
         return self._keep_gradient(embeddings)
+
+    def _select_predicted(self, decoder: torch.nn.Module, inputs: tuple, hidden: torch.Tensor) -> torch.Tensor:
+        """Forward hook of the last stage's layers: keep the rows that go through the output layer, whole on every rank."""
+        if self.config.sequence_parallel:
+            # The output layer is told not to gather: its input gradient is summed over the ranks before it comes back here.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp_group)
+        return hidden if self._predicted is None else hidden.index_select(0, self._predicted)
 
     def _keep_gradient(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Let gradients start at frozen embeddings: full recomputation and pipeline stages find trained layers by their input."""

@@ -19,6 +19,8 @@ class ModelBatch:
             pipeline stages after the first.
         encoder_frames: 25 Hz frames of every chunk, in the order of their placeholders.
         audio_positions: `[audio tokens]` int64, index into `T` of every placeholder, in order.
+        predicted: `[n]` int64, index into `T_local` of the tokens whose loss is wanted; `labels` are then theirs, `[1, n]`. The
+            output layer and the loss, a quarter of a small model, see these alone. None for all tokens.
     """
 
     tokens: torch.Tensor
@@ -27,6 +29,7 @@ class ModelBatch:
     audio_features: torch.Tensor | None = None
     encoder_frames: tuple[int, ...] = ()
     audio_positions: torch.Tensor | None = None
+    predicted: torch.Tensor | None = None
 
 
 def make_batch(

@@ -127,6 +127,7 @@ def training_flops(
     encoded_frames: Sequence[int] = (),
     decoder_trained: bool = True,
     adaptor_trained: bool = True,
+    predicted: int | None = None,
 ) -> int:
     """Operations of forward and backward over some packed micro-batches, all ranks together.
 
@@ -135,9 +136,10 @@ def training_flops(
         audio_frames: encoder frames (25 Hz) of each audio chunk in them.
         encoded_frames: attention positions (50 Hz) of the chunks that the frozen encoder computed for them; empty when cached.
         decoder_trained, adaptor_trained: whether any of their weights are.
+        predicted: tokens that go through the output layer, all of them when None.
     """
     shape = DecoderShape.of(config)
-    decoder = decoder_work(shape, segments).training(decoder_trained, inputs=decoder_trained or adaptor_trained)
+    decoder = decoder_work(shape, segments, predicted).training(decoder_trained, inputs=decoder_trained or adaptor_trained)
     adaptor = adaptor_work(config.encoder, config.adaptor, shape.width, audio_frames).training(adaptor_trained, inputs=False)
     return decoder + adaptor + encoder_work(config.encoder, encoded_frames).forward
 

@@ -6,12 +6,13 @@ Everything that depends on lengths is decided on the host, from host values, bef
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from step_megatron.audio.cache import EncodedClip
 from step_megatron.data.micro_batch import MicroBatch, drop_failed
 from step_megatron.model.batch import ModelBatch
-from step_megatron.model.segments import pack_segments
+from step_megatron.model.segments import pack_segments, zigzag_positions
 from step_megatron.runtime.device import Runtime
 
 # Parts of the one host buffer start at multiples of this many bytes, so that each can be viewed in its own type.
@@ -24,9 +25,10 @@ class TrainingBatch:
 
     Attributes:
         model: what the model reads.
-        loss_mask: `[1, t]` float, 1 where a token is trained; `t` is this context-parallel rank's share of the tokens.
-        source: `[t]` int64, index of each token's source in the mixture.
+        loss_mask: `[1, n]` float over the predicted tokens of this context-parallel rank: 1, or 0 where there is none to train.
+        source: `[n]` int64, index of each predicted token's source in the mixture.
         tokens: tokens of the whole micro-batch that are not padding.
+        trained: trained tokens of the whole micro-batch.
         padding: padding tokens of the whole micro-batch.
         audio_frames: encoder frames (25 Hz) of the whole micro-batch.
         failed: clips of the micro-batch that could not be read.
@@ -36,6 +38,7 @@ class TrainingBatch:
     loss_mask: torch.Tensor
     source: torch.Tensor
     tokens: int
+    trained: int
     padding: int
     audio_frames: int
     failed: int
@@ -63,36 +66,49 @@ def to_device(
     """
     failed = {span.address for span in micro_batch.audio if clips[span.address] is None}
     micro_batch = drop_failed(micro_batch, failed)
+    local = _local_tokens(micro_batch, runtime)
+    # Where nothing is trained (a failed clip, another rank's share) one token stays, for shapes' sake, and counts for nothing.
+    trained = micro_batch.loss_mask[0, local].nonzero()[:, 0]
+    predicted = trained if len(trained) else torch.zeros(1, dtype=torch.int64)
     host = {
         "tokens": micro_batch.tokens,
-        "labels": micro_batch.labels,
-        "loss_mask": micro_batch.loss_mask,
-        "source": source_of_tokens(micro_batch, sources),
+        "labels": micro_batch.labels[:, local[predicted]],
+        "loss_mask": micro_batch.loss_mask[:, local[predicted]],
+        "source": source_of_tokens(micro_batch, sources)[local[predicted]],
+        "predicted": predicted,
     }
     if runtime.is_first_stage and micro_batch.audio:
         host["audio_positions"] = micro_batch.audio_positions
         host["features"] = gather_features(micro_batch, clips, encoder_width)
-    packed = pack_segments(micro_batch.segment_lengths, runtime.device, runtime.cp_size, runtime.cp_rank)
     on_device = _copy(host, runtime.device)
-    if packed.cp_index is not None:
-        for name, dimension in (("labels", 1), ("loss_mask", 1), ("source", 0)):
-            on_device[name] = on_device[name].index_select(dimension, packed.cp_index)
     return TrainingBatch(
         model=ModelBatch(
             tokens=on_device["tokens"],
-            packed=packed,
+            packed=pack_segments(micro_batch.segment_lengths, runtime.device, runtime.cp_size, runtime.cp_rank),
             labels=on_device["labels"],
             audio_features=on_device.get("features"),
             encoder_frames=tuple(micro_batch.encoder_frames),
             audio_positions=on_device.get("audio_positions"),
+            predicted=on_device["predicted"],
         ),
         loss_mask=on_device["loss_mask"],
         source=on_device["source"],
         tokens=micro_batch.tokens.shape[1] - micro_batch.padding,
+        trained=int(micro_batch.loss_mask.sum()),
         padding=micro_batch.padding,
         audio_frames=sum(micro_batch.encoder_frames),
         failed=len(failed),
     )
+
+
+def _local_tokens(micro_batch: MicroBatch, runtime: Runtime) -> torch.Tensor:
+    """Positions in the micro-batch of this context-parallel rank's tokens, `[T_local]` int64."""
+    starts = micro_batch.cu_seqlens[:-1].tolist()
+    parts = [
+        start + zigzag_positions(length, runtime.cp_rank, runtime.cp_size)
+        for start, length in zip(starts, micro_batch.segment_lengths, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def source_of_tokens(micro_batch: MicroBatch, sources: Sequence[str]) -> torch.Tensor:
@@ -112,8 +128,8 @@ def gather_features(micro_batch: MicroBatch, clips: Mapping[str, EncodedClip | N
             continue
         if clip.chunk_frames[span.chunk] != frames:
             raise ValueError(
-                f"{span.address}: chunk {span.chunk} has {clip.chunk_frames[span.chunk]} encoder frames, the index promised {frames}; "
-                "the file has changed: run `step-megatron data validate` again"
+                f"{span.address}: chunk {span.chunk} has {clip.chunk_frames[span.chunk]} encoder frames, the index promised "
+                f"{frames}; the file has changed: run `step-megatron data validate` again"
             )
         parts.append(clip.features.narrow(0, sum(clip.chunk_frames[: span.chunk]), frames))
     return torch.cat(parts)

@@ -3,9 +3,9 @@
     L = sum_i m_i l_i / sum_i m_i        over all tokens i of all micro-batches of all ranks
 
 A mean of the micro-batches' means would weigh a token of a short reply more than one of a long reply (packed micro-batches hold
-very different numbers of trained tokens). Megatron divides once, at the end: with `calculate_per_token_loss` each micro-batch hands
-its sum and its count to the schedule, gradients accumulate the sums, and `finalize_model_grads` divides by the count over all
-ranks.
+very different numbers of trained tokens). Megatron divides once, at the end: with `calculate_per_token_loss` each micro-batch
+hands its sum and its count to the schedule, gradients accumulate the sums, and `finalize_model_grads` divides by the count over
+all ranks.
 
 Source: equation 1 of the Step-Audio-R1.5 report (the weights of the mixture are in the data, not in the loss).
 """
@@ -19,9 +19,9 @@ def masked_loss(
     """Sum the losses of the trained tokens, in the form that Megatron's schedules take for a per-token mean.
 
     Args:
-        losses: `[1, t]`, one per token of this rank (its slice, under context parallelism).
-        loss_mask: `[1, t]` float, 1 where the token is trained.
-        source: `[t]` int64, which source of the mixture each token comes from; anything valid where the mask is 0.
+        losses: `[1, n]`, one per predicted token of this rank (of its slice, under context parallelism).
+        loss_mask: `[1, n]` float, 1 where the token is trained.
+        source: `[n]` int64, which source of the mixture each token comes from; anything valid where the mask is 0.
         sources: number of sources.
 
     Returns:

@@ -188,7 +188,12 @@ def flops_of(config: Config, state: TrainState) -> Callable[[TrainingBatch], int
         *lengths, last = batch.model.packed.segment_lengths
         segments = [*lengths, max(0, last - batch.padding)]
         return training_flops(
-            config, segments, batch.model.encoder_frames, decoder_trained=decoder_trained, adaptor_trained=adaptor_trained
+            config,
+            segments,
+            batch.model.encoder_frames,
+            decoder_trained=decoder_trained,
+            adaptor_trained=adaptor_trained,
+            predicted=batch.trained,
         )
 
     return flops

@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from step_megatron.config.load import ConfigError
 from step_megatron.config.passthrough import build_section
 from step_megatron.config.schema import MegatronConfig
+from step_megatron.runtime.megatron_checkpoint import optimizer_parts
 
 # Settings that both of Megatron's dataclasses declare and that must agree: either section may set them.
 SHARED_FIELDS = ("use_distributed_optimizer", "overlap_param_gather")
@@ -71,7 +72,13 @@ def build_optimizer(config: OptimizerConfig, model: list[DistributedDataParallel
 
     The groups only carry the multiplier; `schedule.build_scheduler` makes the object that applies it.
     """
-    return get_megatron_optimizer(config, model, config_overrides=get_standard_config_overrides(config))
+    optimizer = get_megatron_optimizer(config, model, config_overrides=get_standard_config_overrides(config))
+    for part in optimizer_parts(optimizer):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            # Without Transformer Engine and apex Megatron takes torch's AdamW in its slowest form.
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
+    return optimizer
 
 
 def connect_gradients(transformer: TransformerConfig, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:

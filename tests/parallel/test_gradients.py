@@ -29,11 +29,12 @@ def hand_loop(rank, world_size):
     results = []
     for token_mean in (True, False):
         sums, counts = [], []
-        for batch in batches:
-            logits = model(dataclasses.replace(batch.model, labels=None))[0]
-            trained = batch.loss_mask[0] == 1
-            sums.append(torch.nn.functional.cross_entropy(logits[trained], batch.model.labels[0][trained], reduction="sum"))
-            counts.append(int(trained.sum()))
+        for group, batch in zip(groups, batches, strict=True):
+            logits = model(dataclasses.replace(batch.model, labels=None, predicted=None))[0]
+            trained = pack(group).loss_mask[0] == 1
+            labels = pack(group).labels[0][trained]
+            sums.append(torch.nn.functional.cross_entropy(logits[trained], labels, reduction="sum"))
+            counts.append(len(labels))
         means = [s / c for s, c in zip(sums, counts, strict=True)]
         loss = sum(sums) / sum(counts) if token_mean else sum(means) / len(means)
         parameters = list(model.parameters())
