@@ -67,6 +67,14 @@ def make_sources(data):
     (data / "sources/lmms/usr/share/lmms/samples/drums/broken.ogg").write_bytes(b"not an ogg")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_text():
+    """The text-only part is tested by itself; here a little of it is enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "TEXT_ITEMS", {"train": 80, "validation": 16, "test": 16})
+        yield
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")

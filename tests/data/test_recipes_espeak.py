@@ -62,8 +62,17 @@ def test_the_same_seed_speaks_the_same(fetched, made, tmp_path):
         assert first.text == second.text and first.file.read_bytes() == second.file.read_bytes()
 
 
+def test_a_second_synthesiser_does_not_hang(fetched, tmp_path):
+    for name in ("a", "b"):
+        assert len(clips(fetched, tmp_path / name, {"test": 2}, seed=0)) == 2
+
+
 def test_an_unknown_voice_and_a_missing_library_are_named(fetched, tmp_path):
-    with pytest.raises(EspeakError, match="en-us\\+nobody"):
-        Synthesiser(fetched / "espeak-ng").say("Hello.", "en-us+nobody", 150, 50)
+    synthesiser = Synthesiser(fetched / "espeak-ng")
+    for voice in ("en-us+nobody", "xx-nowhere+f1"):
+        with pytest.raises(EspeakError, match=voice.replace("+", r"\+")):
+            synthesiser.say("Hello.", voice, 150, 50)
+    (tmp_path / "espeak-ng").mkdir()
+    (tmp_path / "espeak-ng/libespeak-ng.so").write_bytes(b"not a library")
     with pytest.raises(EspeakError, match="does not load"):
-        Synthesiser(tmp_path)
+        clips(tmp_path, tmp_path / "out", {"test": 2}, seed=0)

@@ -12,8 +12,10 @@ Synthetic speech: `meta.confound` says so.
 """
 
 import ctypes
+import multiprocessing
 import random
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +55,10 @@ class EspeakError(RuntimeError):
 
 
 class Synthesiser:
-    """espeak-ng through its C interface, synchronous, into memory.
+    """espeak-ng through its C interface, synchronous, into memory; **one in a process**.
+
+    The library keeps global state: initialised twice it hangs, and what it spoke before changes what it speaks next. `clips`
+    therefore gives it a process of its own.
 
     Args:
         directory: holds `libespeak-ng.so` and `espeak-ng-data/`.
@@ -73,6 +78,7 @@ class Synthesiser:
         self.rate = self._library.espeak_Initialize(self._RETRIEVE, 0, str(directory).encode(), self._DO_NOT_EXIT)
         if self.rate <= 0:
             raise EspeakError(f"espeak-ng finds no data in {directory}; fetch the source `espeak-ng` again")
+        self._variants = directory / "espeak-ng-data/voices/!v"
         self._blocks: list[np.ndarray] = []
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
         # The library keeps the pointer: the object must live as long as it does.
@@ -91,7 +97,9 @@ class Synthesiser:
             EspeakError: an unknown voice.
         """
         self._blocks.clear()
-        if self._library.espeak_SetVoiceByName(voice.encode()):
+        # The library takes an unknown variant for none, without a word.
+        known = not (variant := voice.partition("+")[2]) or (self._variants / variant).is_file()
+        if not known or self._library.espeak_SetVoiceByName(voice.encode()):
             raise EspeakError(f"espeak-ng has no voice {voice!r}")
         self._library.espeak_SetParameter(self._RATE, words_per_minute, 0)
         self._library.espeak_SetParameter(self._PITCH, pitch, 0)
@@ -115,11 +123,20 @@ def sentence(rng: random.Random, words: int) -> str:
 
 
 def clips(data_dir: Path, work_dir: Path, counts: dict[str, int], seed: int) -> list[Clip]:
-    """Synthesise `counts` clips by split into `work_dir`; [] when espeak-ng was not fetched."""
+    """Synthesise `counts` clips by split into `work_dir`; [] when espeak-ng was not fetched.
+
+    Raises:
+        EspeakError: the library does not load, finds no data or has not the voices.
+    """
     directory = data_dir / "espeak-ng"
     if not (directory / "libespeak-ng.so").is_file():
         return []
     work_dir.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_synthesise, directory, work_dir, counts, seed).result()
+
+
+def _synthesise(directory: Path, work_dir: Path, counts: dict[str, int], seed: int) -> list[Clip]:
     synthesiser = Synthesiser(directory)
     return [clip for split in counts for clip in _of_split(synthesiser, work_dir, split, counts[split], seed)]
 

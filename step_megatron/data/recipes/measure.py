@@ -22,6 +22,8 @@ _OCTAVE_COST = 0.01
 _QUIET = 0.03
 # Contours are told in semitones: less than this is level; it is about the just noticeable glide of a syllable.
 _LEVEL_SEMITONES = 2.0
+# Rise and fall, as a share of the loudest, that counts as a beat.
+_SWELL = 0.1
 
 
 @dataclass(frozen=True)
@@ -137,13 +139,23 @@ def contour(f0: np.ndarray) -> str:
 
 
 def beats_per_second(waveform: np.ndarray, rate: int) -> float:
-    """Peaks of the loudness envelope (smoothed over 80 ms, higher than 15% of its maximum) a second of the clip's loud part."""
+    """Swells of loudness a second of the clip's loud part.
+
+    The envelope is smoothed over 80 ms; a swell rises and falls by at least a tenth of the envelope's maximum.
+    """
     hop = rate // 100
     power = np.abs(waveform[: len(waveform) // hop * hop]).reshape(-1, hop).mean(1)
     if len(power) < 8 or power.max() <= 0:
         return 0.0
     envelope = np.convolve(power, np.hanning(10)[1:-1] / np.hanning(10).sum(), mode="same")
-    inner = envelope[1:-1]
-    peaks = (inner > envelope[:-2]) & (inner >= envelope[2:]) & (inner > 0.15 * envelope.max())
-    active = np.flatnonzero(envelope > 0.05 * envelope.max())
-    return float(peaks.sum() / max((active[-1] - active[0] + 1) / 100, 0.1))
+    envelope /= envelope.max()
+    swells, rising, turn = 0, True, 0.0
+    # The zero at the end closes a swell that the clip cuts off.
+    for level in [*envelope.tolist(), 0.0]:
+        turn = max(turn, level) if rising else min(turn, level)
+        if rising and level < turn - _SWELL:
+            swells, rising, turn = swells + 1, False, level
+        elif not rising and level > turn + _SWELL:
+            rising, turn = True, level
+    active = np.flatnonzero(envelope > 0.05)
+    return float(swells / max((active[-1] - active[0] + 1) / 100, 0.1))
