@@ -6,6 +6,7 @@ the data are there, else synthetic features of the same lengths; the weights are
 between the three, so that what else the machine does hits all of them alike; a ratio is formed within each round.
 """
 
+import random
 import statistics
 import time
 from argparse import Namespace
@@ -17,6 +18,7 @@ from torch import nn
 
 from step_megatron.audio.front_end import DecodedClip, LogMelFrontEnd, split_chunks
 from step_megatron.config.schema import EncoderConfig
+from step_megatron.data.recipes import asterisk
 from step_megatron.model.encoder import AudioEncoder, build_encoder
 from step_megatron.model.whisper import from_huggingface
 from step_megatron.runtime.flops import encoder_work
@@ -154,13 +156,13 @@ def _encoder(data: Path) -> AudioEncoder:
 
 
 def _log_mels(data: Path, count: int) -> tuple[list[torch.Tensor], str]:
-    """Features of `count` recordings spread over the Asterisk prompts, or random ones of about their lengths (mean 2.75 s)."""
-    files = sorted(file for file in (data / "open-speech" / "audio" / "asterisk").rglob("*") if file.is_file())
+    """Features of `count` of the Asterisk prompts that have a text, or random ones of about their lengths (mean 2.75 s)."""
+    files = [clip.file for clip in asterisk.clips(data, seed=0)]
     if not files:
         generator = torch.Generator().manual_seed(0)
         seconds = (0.75 + 0.7 * torch.randn(count, generator=generator)).exp().clamp(0.3, 25.0)
         return [torch.randn(80, int(100 * each) + 2, generator=generator) for each in seconds.tolist()], "synthetic"
-    chosen = files[:: max(1, len(files) // count)][:count]
+    chosen = random.Random(0).sample(files, min(count, len(files)))
     front_end = LogMelFrontEnd(80)
     decoded = front_end.decode([file.read_bytes() for file in chosen], [file.name for file in chosen])
     chunks = [chunk for clip in decoded if isinstance(clip, DecodedClip) for chunk in split_chunks(clip.waveform)]
