@@ -105,11 +105,10 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
         raise ConfigError("data.sources is empty; name at least one source: [{name: speech, path: train.jsonl, weight: 1}]")
     tokenizer = load_tokenizer(config)
     index = AudioIndex.load(config.data.index) if config.data.index else None
-    place = (runtime.dp_rank, runtime.dp_size, runtime.device.type == "cuda")
-    loader = MixtureLoader(config, tokenizer, index, *place)
-    held_out = _held_out(config)
-    validation = MixtureLoader(held_out, tokenizer, index, *place) if held_out else None
-    audio = _open_audio(config, runtime, index, loader) if index is not None else None
+    loader, validation = _loaders(config, tokenizer, index, runtime)
+    audio = _encoded_audio(config, runtime, index, _passes(config, loader)) if index is not None else None
+    if audio is not None and audio.cache is not None:
+        audio.prepare(_clips(loader, validation))
     state = build_state(config, runtime.control_group)
     step, extra = 0, {}
     checkpoint = latest_checkpoint(config.run.dir)
@@ -232,15 +231,19 @@ def _on_device(
     return [to_device(batch, clips, sources, encoder_width, runtime) for batch in micro_batches]
 
 
-def _held_out(config: Config) -> Config | None:
-    """The configuration of the validation loader: one step of it is one measurement."""
+def _loaders(
+    config: Config, tokenizer: Tokenizer, index: AudioIndex | None, runtime: Runtime
+) -> tuple[MixtureLoader, MixtureLoader | None]:
+    """The training loader, and the validation loader if there is one: one step of it is one measurement."""
+    place = (runtime.dp_rank, runtime.dp_size, runtime.device.type == "cuda")
     if not config.data.validation:
-        return None
-    return dataclasses.replace(
+        return MixtureLoader(config, tokenizer, index, *place), None
+    held_out = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, sources=config.data.validation),
         training=dataclasses.replace(config.training, micro_batches_per_step=config.training.validation_micro_batches),
     )
+    return MixtureLoader(config, tokenizer, index, *place), MixtureLoader(held_out, tokenizer, index, *place)
 
 
 def _validation_batches(
@@ -256,17 +259,22 @@ def _encoded_audio(config: Config, runtime: Runtime, index: AudioIndex, passes: 
     return open_encoded_audio(config, encoder.to(runtime.device), index, runtime, passes)
 
 
-def _open_audio(config: Config, runtime: Runtime, index: AudioIndex, loader: MixtureLoader) -> EncodedAudio:
-    """The encoder with its cache; encodes now what the run will use, unless it streams."""
-    audio = _encoded_audio(config, runtime, index, _passes(config, loader))
-    if audio.cache is not None:
-        conversations = (
-            loader.sources.conversation(source, row)
-            for source in range(len(loader.source_names))
-            for row in range(loader.sources.size(source))
-        )
-        audio.prepare(list(dict.fromkeys(clip for conversation in conversations for clip in conversation.audio_addresses())))
-    return audio
+def _encoded_audio(config: Config, runtime: Runtime, index: AudioIndex, passes: float) -> EncodedAudio:
+    """The frozen encoder, with its cache if the run has one."""
+    encoder = build_encoder(config.encoder, config.audio.encoder_block, config.adaptor.compat, config.run.seed)
+    return open_encoded_audio(config, encoder.to(runtime.device), index, runtime, passes)
+
+
+def _clips(*loaders: MixtureLoader | None) -> list[str]:
+    """Addresses of all clips of the loaders' sources, each once."""
+    conversations = (
+        loader.sources.conversation(source, row)
+        for loader in loaders
+        if loader is not None
+        for source in range(len(loader.source_names))
+        for row in range(loader.sources.size(source))
+    )
+    return list(dict.fromkeys(clip for conversation in conversations for clip in conversation.audio_addresses()))
 
 
 def _passes(config: Config, loader: MixtureLoader) -> float:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from training.toy_run import train, write_data
+from training.toy_run import encode_clips, train, write_data
 
 from step_megatron.config import load_config
 from step_megatron.runtime.metrics import read_metrics
@@ -57,6 +57,16 @@ def test_a_signal_to_one_rank_stops_all_and_another_layout_goes_on(worker_pool, 
     assert worker_pool(2).run(train, {"data": data, "run_dir": str(tmp_path)})[0]["steps"] == 6
     for line, reference in zip(lines(tmp_path), lines(uninterrupted[0]), strict=True):
         assert line["loss"] == pytest.approx(reference["loss"], rel=1e-3)
+
+
+def test_encoding_ahead_leaves_nothing_to_encode(worker_pool, data, uninterrupted, tmp_path):
+    extra = ("audio.cache='on'", f"audio.cache_dir={tmp_path}/cache")
+    assert worker_pool(2).run(encode_clips, {"data": data, "run_dir": str(tmp_path), "extra": extra}) == [18, 18]
+    assert worker_pool(1).run(encode_clips, {"data": data, "run_dir": str(tmp_path), "extra": extra}) == [0]
+    streamed = ("audio.cache='off'",)
+    for name, settings in (("cached", extra), ("streamed", streamed)):
+        worker_pool(1).run(train, {"data": data, "run_dir": str(tmp_path / name), "extra": settings})
+        assert lines(tmp_path / name) == lines(uninterrupted[0]), name
 
 
 def test_a_finished_run_is_left_alone(worker_pool, data, uninterrupted):

@@ -77,3 +77,10 @@ def train(rank: int, world_size: int, *, data: str, run_dir: str, extra: tuple[s
     config = load_config(None, overrides(data, run_dir) + list(extra))
     with mock.patch.object(loop, "training_step", step_then_signal):
         return midtrain.midtrain(config)
+
+
+def encode_clips(rank: int, world_size: int, *, data: str, run_dir: str, extra: tuple[str, ...] = ()) -> int:
+    """Run `encode`; returns how many clips it encoded."""
+    from step_megatron.training.midtrain import encode
+
+    return encode(load_config(None, overrides(data, run_dir) + list(extra)))
