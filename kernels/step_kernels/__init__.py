@@ -12,6 +12,7 @@ from step_kernels.conv_downsample import conv_downsample_gelu
 from step_kernels.merge_audio import merge_audio_embeddings
 from step_kernels.pool_norm_downsample import pool_norm_downsample
 from step_kernels.registry import available_backends, select_backend
+from step_kernels.rms_norm import rms_norm
 
 __all__ = [
     "audio_attention_varlen",
@@ -20,5 +21,6 @@ __all__ = [
     "conv_downsample_gelu",
     "merge_audio_embeddings",
     "pool_norm_downsample",
+    "rms_norm",
     "select_backend",
 ]

@@ -12,6 +12,7 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from step_kernels import rms_norm
 
 from step_megatron.model.attention import PackedCausalAttention
 
@@ -28,6 +29,10 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., hidden_size]` in, the same out."""
+        return rms_norm(x, self.weight, self.eps)
 
 
 def layer_kind(wanted: Literal["auto", "torch", "te"]) -> LayerKind:

@@ -255,11 +255,6 @@ def _validation_batches(
 
 
 def _encoded_audio(config: Config, runtime: Runtime, index: AudioIndex, passes: float) -> EncodedAudio:
-    encoder = build_encoder(config.encoder, config.audio.encoder_block, config.adaptor.compat, config.run.seed)
-    return open_encoded_audio(config, encoder.to(runtime.device), index, runtime, passes)
-
-
-def _encoded_audio(config: Config, runtime: Runtime, index: AudioIndex, passes: float) -> EncodedAudio:
     """The frozen encoder, with its cache if the run has one."""
     encoder = build_encoder(config.encoder, config.audio.encoder_block, config.adaptor.compat, config.run.seed)
     return open_encoded_audio(config, encoder.to(runtime.device), index, runtime, passes)

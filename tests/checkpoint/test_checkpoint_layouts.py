@@ -1,4 +1,4 @@
-"""Checkpoints: weights are the same bits in any layout, training goes on as if it had not stopped, half-written ones do not count."""
+"""Checkpoints: weights are the same bits in any layout, training goes on as if never stopped, half-written ones do not count."""
 
 import pytest
 import torch
@@ -35,7 +35,8 @@ def test_weights_are_the_same_bits_in_another_layout(processes, transformer, wor
 
 
 @pytest.mark.parametrize(
-    ("processes", "transformer", "exact"), [(4, TP2 | PP2, True), (1, {}, False), (2, PP2, False), (2, TP2, False)]
+    ("processes", "transformer", "exact"),
+    [(4, TP2 | PP2, True), (1, {}, False), (2, PP2, False), (2, TP2, False), (2, PP2 | VPP2, False)],
 )
 def test_the_next_step_is_that_of_the_run_that_went_on(processes, transformer, exact, worker_pool, saved_by_tp2_pp2):
     run_dir, written = saved_by_tp2_pp2
@@ -67,6 +68,14 @@ def test_the_distributed_optimizer_goes_on_and_changes_its_number_of_ranks(steps
     alone = worker_pool(1).run(load_and_train, kwargs)[0]
     assert same(alone["saved"], written["saved"])
     assert closeness(alone["after"], written["after"]) < 5e-5
+
+
+def test_bfloat16_goes_on_bit_for_bit_from_its_float32_masters(worker_pool, tmp_path):
+    kwargs = {"transformer": TP2 | {"bf16": True}, "optimizer": "adam", "ddp": {}, "run_dir": str(tmp_path)}
+    written = worker_pool(2).run(train_and_save, kwargs | {"steps": 2})[0]
+    resumed = worker_pool(2).run(load_and_train, kwargs)[0]
+    assert written["after"]["adaptor.linear1.weight"].dtype == torch.bfloat16
+    assert same(resumed["after"], written["after"])
 
 
 def test_an_interrupted_save_leaves_the_newest_complete_checkpoint(saved_by_tp2_pp2):
