@@ -194,8 +194,8 @@ def _report(rounds: list[dict[str, float]], samples: Sequence[Sample], ours: Our
     seconds = sum(sample.frames for sample in samples) / 100
     theirs = sum(sample.audio_tokens for sample in samples)
     print(
-        f"{len(samples)} samples, {seconds:.0f} s of audio, {ours.audio_tokens} audio tokens in ours (12.5 Hz) and {theirs} in the "
-        f"peer (25 Hz), {torch.get_num_threads()} threads; samples a second, median of {len(rounds)} (lowest-highest)"
+        f"{len(samples)} samples, {seconds:.0f} s of audio, {ours.audio_tokens} audio tokens in ours (12.5 Hz) and {theirs} in "
+        f"the peer (25 Hz), {torch.get_num_threads()} threads; samples a second, median of {len(rounds)} (lowest-highest)"
     )
     for name in rounds[0]:
         print(f"  {name:13} {_spread([each[name] for each in rounds])}")

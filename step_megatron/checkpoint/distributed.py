@@ -152,6 +152,8 @@ def _metadata() -> dict[str, Any]:
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
+        # Each layer under a name of its own: stacked over layers, moments could not be saved when only some layers are trained.
+        "non_homogeneous_layers": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 

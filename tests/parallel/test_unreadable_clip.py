@@ -75,7 +75,7 @@ LAYOUTS = {
 def test_all_ranks_leave_it_out_and_go_on(layout, worker_pool, folder):
     processes, transformer = LAYOUTS[layout]
     kwargs = {"folder": folder, "broken": 1, "blind": True}
-    results = worker_pool(processes).run(train_with_a_blind_rank, kwargs | {"transformer": transformer}, timeout=60)
+    results = worker_pool(processes).run(train_with_a_blind_rank, kwargs | {"transformer": transformer})
     alone = worker_pool(1).run(train_with_a_blind_rank, kwargs | {"transformer": {}})[0]
     healthy = worker_pool(1).run(train_with_a_blind_rank, kwargs | {"transformer": {}, "blind": False})[0]
     for result in results:
