@@ -32,7 +32,7 @@ from step_megatron.data.schema import SPLITS, Conversation, write_conversations
 
 # Clips wanted by split, and the share of the audio budget, at the full size.
 PLAN = {
-    "asterisk": (0.46, {"train": 1400, "validation": 50, "test": 100}),
+    "asterisk": (0.5, {"train": 1600, "validation": 50, "test": 100}),
     "gcin": (0.17, {"train": 2000, "validation": 50, "test": 120}),
     "espeak": (0.24, {"train": 520, "validation": 36, "test": 90}),
     "sounds": (0.07, {"train": 300, "validation": 24, "test": 80}),
@@ -40,7 +40,7 @@ PLAN = {
 }
 TEXT_ITEMS = {"train": 4000, "validation": 100, "test": 120}
 # Shorter clips of speech hold hardly a word; longer ones cost many tokens.
-_SPEECH_SECONDS = (0.5, 2.5)
+_SPEECH_SECONDS = (0.5, 3.0)
 _GENDER_ITEMS = 80
 
 

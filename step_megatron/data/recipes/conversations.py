@@ -20,10 +20,17 @@ QUESTIONS = {
     "tone": ("Which tone is this?", "Which Mandarin tone is this?", "Name the tone."),
     "sound_event": ("What makes this sound?", "Which sound is this?", "Name the sound."),
 }
-# Tasks asked together in training, in an order in which no answer contains a later one; "shuffled" orders are drawn.
-_TOGETHER = {"asterisk": (("language", "transcription"), False), "espeak": (("gender", "speaking_rate"), True)}
-# Share of clips with several tasks that are asked one question only, as in a test.
-_ALONE = 0.3
+# What is asked about a train clip of several tasks, with shares. In a conversation of two, no answer contains the later one.
+# Transcripts are long: asked of every clip they would be most of what is trained, and a small model learns them by heart.
+_ASKED = {
+    "asterisk": ((("language",), 0.6), (("language", "transcription"), 0.3), (("transcription",), 0.1)),
+    "espeak": (
+        (("gender", "speaking_rate"), 0.35),
+        (("speaking_rate", "gender"), 0.35),
+        (("gender",), 0.15),
+        (("speaking_rate",), 0.15),
+    ),
+}
 _OTHER_CORPUS = "_other_corpus"
 
 
@@ -53,12 +60,8 @@ def trace(task: str, facts: Facts, labels: dict[str, str]) -> str:
 
 def training(clip: Clip, facts: Facts, rng: random.Random) -> Iterator[Conversation]:
     """Conversations about a train clip; `meta.task` is the first question's, `meta.labels` has all."""
-    tasks, shuffled = _TOGETHER.get(clip.corpus, (tuple(clip.labels), False))
-    tasks = list(tasks)
-    if shuffled:
-        rng.shuffle(tasks)
-    if len(tasks) > 1 and rng.random() < _ALONE:
-        tasks = [rng.choice(tasks)]
+    plans, shares = zip(*_ASKED.get(clip.corpus, ((tuple(clip.labels), 1.0),)), strict=True)
+    tasks = list(rng.choices(plans, shares)[0])
     yield _conversation(clip, facts, tasks, [rng.choice(QUESTIONS[question_task(task)]) for task in tasks])
 
 
