@@ -71,9 +71,17 @@ def build_optimizer(config: OptimizerConfig, model: list[DistributedDataParallel
     """Megatron's optimizer over the trainable parameters; biases and norms are in groups without weight decay.
 
     The groups only carry the multiplier; `schedule.build_scheduler` makes the object that applies it.
+
+    Raises:
+        ConfigError: the distributed optimizer on a rank that trains nothing, which it could not save.
     """
     optimizer = get_megatron_optimizer(config, model, config_overrides=get_standard_config_overrides(config))
     for part in optimizer_parts(optimizer):
+        if config.use_distributed_optimizer and not any(group["params"] for group in part.optimizer.param_groups):
+            raise ConfigError(
+                "megatron.optimizer.use_distributed_optimizer: model.freeze leaves a pipeline stage nothing to train, and such a "
+                "run could not be saved; set it to false"
+            )
         if isinstance(part.optimizer, torch.optim.AdamW):
             # Without Transformer Engine and apex Megatron takes torch's AdamW in its slowest form.
             for group in part.optimizer.param_groups:

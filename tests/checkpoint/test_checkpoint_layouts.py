@@ -70,6 +70,26 @@ def test_the_distributed_optimizer_goes_on_and_changes_its_number_of_ranks(steps
     assert closeness(alone["after"], written["after"]) < 5e-5
 
 
+# Under PP2 this freezes all of the first stage: rank 0 has an optimizer without parameters.
+FROZEN = ("adaptor.*", "*word_embeddings*", "*decoder.layers.[01].*")
+
+
+@pytest.mark.parametrize(("transformer", "ddp"), [(TP2, {}), (PP2, {}), ({}, DISTRIBUTED)])
+def test_frozen_layers_have_no_moments_to_save(transformer, ddp, worker_pool, tmp_path):
+    kwargs = {"transformer": transformer, "optimizer": "adam", "ddp": ddp, "freeze": FROZEN, "run_dir": str(tmp_path)}
+    written = worker_pool(2).run(train_and_save, kwargs | {"steps": 2})[0]
+    resumed = worker_pool(2).run(load_and_train, kwargs)[0]
+    assert same(resumed["after"], written["after"])
+    alone = worker_pool(1).run(load_and_train, kwargs | {"transformer": {}})[0]
+    assert closeness(alone["after"], written["after"]) < 5e-5
+
+
+def test_a_frozen_stage_that_could_not_be_saved_is_refused_at_the_start(worker_pool, tmp_path):
+    kwargs = {"transformer": PP2, "optimizer": "adam", "ddp": DISTRIBUTED, "freeze": FROZEN, "run_dir": str(tmp_path), "steps": 0}
+    with pytest.raises(AssertionError, match="leaves a pipeline stage nothing to train"):
+        worker_pool(2).run(train_and_save, kwargs)
+
+
 def test_bfloat16_goes_on_bit_for_bit_from_its_float32_masters(worker_pool, tmp_path):
     kwargs = {"transformer": TP2 | {"bf16": True}, "optimizer": "adam", "ddp": {}, "run_dir": str(tmp_path)}
     written = worker_pool(2).run(train_and_save, kwargs | {"steps": 2})[0]

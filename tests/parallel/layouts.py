@@ -170,12 +170,14 @@ def full_tensors(model, pick, sharded: bool = False) -> dict[str, torch.Tensor]:
     return {name: merge(name, [by_rank[r] for r in sorted(by_rank)]) for name, by_rank in sorted(parts.items())}
 
 
-def train_and_save(rank: int, world_size: int, *, transformer: dict, optimizer: str, ddp: dict, steps: int, run_dir: str) -> dict:
+def train_and_save(
+    rank: int, world_size: int, *, transformer: dict, optimizer: str, steps: int, run_dir: str, ddp: dict | None = None, freeze=()
+) -> dict:
     """Train `steps` steps, save, train one more; returns that step's line, parameters at the save and after it."""
     from step_megatron.checkpoint.distributed import save_checkpoint
     from step_megatron.training.optimizer import settled_parameters
 
-    trainer = prepare(transformer, optimizer, ddp)
+    trainer = prepare(transformer, optimizer, ddp, freeze)
     for _ in range(steps):
         run_step(trainer)
     with settled_parameters(trainer.model):
@@ -186,12 +188,14 @@ def train_and_save(rank: int, world_size: int, *, transformer: dict, optimizer: 
         return {"line": line, "saved": saved, "after": full_tensors(trainer.model, lambda parameter: parameter)}
 
 
-def load_and_train(rank: int, world_size: int, *, transformer: dict, optimizer: str, ddp: dict, run_dir: str) -> dict:
+def load_and_train(
+    rank: int, world_size: int, *, transformer: dict, optimizer: str, run_dir: str, ddp: dict | None = None, freeze=()
+) -> dict:
     """Load the newest checkpoint of a run in this layout and train one step; the counterpart of `train_and_save`."""
     from step_megatron.checkpoint.distributed import latest_checkpoint, load_checkpoint
     from step_megatron.training.optimizer import settled_parameters
 
-    trainer = prepare(transformer, optimizer, ddp)
+    trainer = prepare(transformer, optimizer, ddp, freeze)
     trainer.step, extra = load_checkpoint(latest_checkpoint(run_dir), trainer.model, trainer.optimizer, trainer.scheduler)
     loaded = full_tensors(trainer.model, lambda parameter: parameter)
     line = run_step(trainer)
@@ -213,8 +217,8 @@ def load_weights(rank: int, world_size: int, *, transformer: dict, directory: st
     return full_tensors(model, lambda parameter: parameter)
 
 
-def prepare(transformer: dict, optimizer: str, ddp: dict):
+def prepare(transformer: dict, optimizer: str, ddp: dict | None, freeze: tuple[str, ...]):
     from step_megatron.runtime.device import initialize
 
-    config = small_config(transformer, OPTIMIZERS[optimizer], ddp)
+    config = small_config(transformer, OPTIMIZERS[optimizer], ddp, freeze)
     return make_trainer(config, initialize(config), lively_state(config))
