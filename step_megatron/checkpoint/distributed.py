@@ -23,6 +23,14 @@ from step_megatron.runtime import megatron_checkpoint, seeds
 
 LATEST = "latest"
 BACKEND = ("torch_dist", 1)
+# How Megatron lays out the state: by parameter, not by rank, so that every parallel layout can read it. Each layer has a name of
+# its own: stacked over layers, moments could not be saved when only some layers are trained.
+LAYOUT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+    "non_homogeneous_layers": True,
+}
 
 
 class CheckpointError(RuntimeError):
@@ -70,10 +78,10 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     torch.distributed.barrier()
-    weights = model_state(model)
+    weights = model_state(model, LAYOUT)
     state = {
         **weights,
-        "optimizer": _optimizer_state(optimizer, weights, is_loading=False),
+        "optimizer": _optimizer_state(optimizer, weights, LAYOUT, is_loading=False),
         "updates": megatron_checkpoint.updates(optimizer),
         "scheduler": scheduler.state_dict(),
         "random": _random_shard(seeds.rng_state()),
@@ -82,7 +90,7 @@ def save_checkpoint(
         "extra": extra,
     }
     megatron_checkpoint.write_in_process()
-    dist_checkpointing.save(state, str(temporary), BACKEND)
+    dist_checkpointing.save(state, str(temporary), BACKEND, content_metadata=LAYOUT)
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
@@ -102,8 +110,9 @@ def load_checkpoint(
     Returns:
         The step that the checkpoint holds, and `extra` as it was saved.
     """
-    weights = model_state(model)
-    state = {**weights, "optimizer": _optimizer_state(optimizer, weights, is_loading=True)}
+    layout = _layout_of(directory)
+    weights = model_state(model, layout)
+    state = {**weights, "optimizer": _optimizer_state(optimizer, weights, layout, is_loading=True)}
     same_ranks = _common(directory)["ranks"] == torch.distributed.get_world_size()
     if same_ranks:
         state["random"] = _random_shard(None)
@@ -123,13 +132,14 @@ def load_model_weights(model: torch.nn.Module | list[torch.nn.Module], directory
         CheckpointError: no complete checkpoint there, or one of another shape of model.
     """
     chunks = model if isinstance(model, list) else [model]
-    _load_weights(chunks, _load(model_state(chunks), directory))
+    _load_weights(chunks, _load(model_state(chunks, _layout_of(directory)), directory))
 
 
-def model_state(model: list[torch.nn.Module]) -> dict[str, Any]:
+def model_state(model: list[torch.nn.Module], layout: dict[str, Any]) -> dict[str, Any]:
     """Sharded state of this rank's chunks, under `model` or, with virtual pipeline stages, `model0`, `model1`, ..."""
     return {
-        name: unwrap(chunk).sharded_state_dict(metadata=_metadata()) for name, chunk in zip(_names(model), model, strict=True)
+        name: unwrap(chunk).sharded_state_dict(metadata=_metadata(layout))
+        for name, chunk in zip(_names(model), model, strict=True)
     }
 
 
@@ -140,22 +150,20 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def _optimizer_state(optimizer: Any, weights: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+def _optimizer_state(optimizer: Any, weights: dict[str, Any], layout: dict[str, Any], is_loading: bool) -> dict[str, Any]:
     """Sharded state of the optimizer; the moments take their sharding from the weights, so they move between layouts."""
     megatron_checkpoint.prepare_state(optimizer)
-    return optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_metadata())
+    return optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_metadata(layout))
 
 
-def _metadata() -> dict[str, Any]:
-    """How Megatron is to lay out the state: by parameter, not by rank, so that every layout can read it."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        # Each layer under a name of its own: stacked over layers, moments could not be saved when only some layers are trained.
-        "non_homogeneous_layers": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+def _metadata(layout: dict[str, Any]) -> dict[str, Any]:
+    return layout | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def _layout_of(directory: str | Path) -> dict[str, Any]:
+    """How a checkpoint was laid out, as it says itself; the layers are stacked where it says nothing."""
+    said = dist_checkpointing.load_content_metadata(preloaded_state_dict=_common(directory))
+    return said or LAYOUT | {"non_homogeneous_layers": False}
 
 
 def _names(model: list[torch.nn.Module]) -> list[str]:
