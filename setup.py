@@ -10,7 +10,7 @@ setup(
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["step_megatron", "step_megatron.*"]) + ["step_kernels"],
     package_dir={"step_kernels": "kernels/step_kernels"},
-    package_data={"step_megatron": ["config/presets/*.yaml"]},
+    package_data={"step_megatron": ["config/presets/*.yaml", "data/fetch/sources.yaml"]},
     install_requires=[
         "torch>=2.13,<2.15",
         "megatron-core==0.16.1",
