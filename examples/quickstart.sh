@@ -35,7 +35,8 @@ stage() {
     [ "$took" -le "$(cat "$run/seconds.$name" 2>/dev/null || echo 0)" ] || echo "$took" > "$run/seconds.$name"
 }
 
-several() { torchrun --standalone --nproc-per-node "$ranks" -m step_megatron.cli "$@"; }
+# The runtime gives every process its share of the cores; torchrun only wants to be told something.
+several() { OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$ranks" -m step_megatron.cli "$@"; }
 
 stage fetch step-megatron data fetch --group quickstart
 stage build step-megatron data build --out "$open" ${clips:+--clips "$clips"}

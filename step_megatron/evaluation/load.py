@@ -73,6 +73,8 @@ def loaded_run(run_dir: Path, data_dir: Path | None = None) -> Iterator["Trained
         ValueError: a damaged configuration or tokenizer.
         CheckpointError: weights that do not fit the configuration.
     """
+    # The index takes a relative path from its own folder, a shell user means the current one.
+    data_dir = data_dir and data_dir.absolute()
     config = inference_config(_read_config(run_dir))
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:

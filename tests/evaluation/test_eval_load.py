@@ -1,6 +1,7 @@
 """A loaded run reads what training read; evaluation goes from a run directory to its files; chat keeps the conversation."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from step_megatron.evaluation.load import inference_config, loaded_run
 from step_megatron.evaluation.report import write_report
 from step_megatron.evaluation.run import Limits, evaluate
 from step_megatron.evaluation.scoring import split_reply
+from step_megatron.evaluation.tasks import read_items
 
 
 def test_one_process_takes_any_layout(trained):
@@ -61,6 +63,14 @@ def test_reply_depends_on_the_clip_and_not_on_companions(trained):
     assert together == alone
     assert together[-1] is None and None not in together[:-1]
     assert len(set(together)) > 1
+
+
+def test_a_relative_data_directory_is_the_shells(trained, monkeypatch):
+    monkeypatch.chdir(trained.data.parent)
+    with loaded_run(trained.run, Path(trained.data.name)) as run:
+        addresses = [item.audio[0] for item in read_items(trained.data) if item.audio][:1]
+        run.encode(addresses)
+        assert run.features(addresses)[addresses[0]] is not None
 
 
 def test_clip_that_was_never_indexed_says_what_to_do(trained):
