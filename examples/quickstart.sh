@@ -5,7 +5,8 @@
 #
 # Fetches open recordings and a pre-trained Whisper encoder, encodes the clips once, mid-trains a small decoder with tensor
 # parallelism over two processes, evaluates on held-out clips and writes runs/quickstart/report.html. On a CPU by default.
-# Safe to interrupt and run again: what is finished is kept. CLIPS (for example 200) takes only so many clips, for a quick look.
+# Safe to interrupt and run again: what is finished is kept. CLIPS (for example 200) takes only so many clips, for a quick look, into a
+# run of its own (runs/quickstart-200).
 #
 # STEP_VENV  the environment to use (default .venv)      STEP_DATA  the folder of downloads (default data)
 # STEP_RUN   the run's folder (default runs/quickstart)  STEP_RANKS processes to train with (default 2)
@@ -13,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 clips="${1:-}"
 export STEP_DATA="${STEP_DATA:-data}"
-run="${STEP_RUN:-runs/quickstart}"
+run="${STEP_RUN:-runs/quickstart${clips:+-$clips}}"
 ranks="${STEP_RANKS:-2}"
 open="$STEP_DATA/open-speech${clips:+-$clips}"
 recipe=(--config examples/recipes/quickstart.yaml "run.dir=$run" "tokenizer.path=$open/tokenizer" "data.index=$open/index.jsonl"

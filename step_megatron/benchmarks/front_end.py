@@ -18,7 +18,7 @@ from step_megatron.audio.geometry import SAMPLE_RATE
 
 _MELS = 128
 _CLIPS = 64
-# What the issue expects of the ratio to the padded extractor.
+# The ratio to the padded extractor that the front end has to reach.
 _EXPECTED = 3.0
 
 

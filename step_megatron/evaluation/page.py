@@ -85,6 +85,7 @@ class Clip:
 
 
 def escape(value: object) -> str:
+    """Text of a value, safe between tags and inside quoted attributes."""
     return html.escape(str(value))
 
 
@@ -111,11 +112,13 @@ def header(title: str, subtitle: str, tiles: Sequence[tuple[str, str]]) -> str:
 
 
 def section(title: str, note: str, *parts: str) -> str:
+    """Titled section: an optional line of explanation, then HTML parts in order."""
     intro = f'<p class="sub">{escape(note)}</p>' if note else ""
     return f"<section><h2>{escape(title)}</h2>{intro}{''.join(parts)}</section>"
 
 
 def grid(cards: Iterable[str]) -> str:
+    """Cards side by side, as many a row as the width allows; each is HTML."""
     return '<div class="grid">' + "".join(f'<div class="card">{card}</div>' for card in cards) + "</div>"
 
 
@@ -127,10 +130,12 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def bullets(lines: Iterable[str]) -> str:
+    """List of plain-text lines."""
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def folded(summary: str, text: str) -> str:
+    """Preformatted plain text that opens on a click."""
     return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
 
 
