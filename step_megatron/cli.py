@@ -91,6 +91,12 @@ def _add_data(commands) -> None:
     parser.add_argument("--clips", type=int, help="only so many clips, for a quick look")
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=1)
+    parser = _command(data, "from-manifest", _data_from_manifest, "turn a NeMo manifest (tarred or not) into conversations")
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST.json")
+    parser.add_argument("--out", type=Path, required=True, metavar="CONVERSATIONS.jsonl")
+    parser.add_argument("--instruction", default="Write down what is said.", help="what the human asks of each clip")
+    parser.add_argument("--source", help="name of the source (default: the manifest's)")
+    parser.add_argument("--tars", default="", help="pattern of a tarred manifest's tars: audio_{shard}.tar or NeMo's")
     parser = _command(data, "inspect", _data_inspect, "counts, durations and tokens by source, task and split")
     parser.add_argument("paths", nargs="+", type=Path, metavar="CONVERSATIONS.jsonl")
     parser.add_argument("--json", action="store_true")
@@ -152,6 +158,14 @@ def _data_build(options) -> None:
     out = options.out or options.data / "open-speech"
     summary = prepare(options.data, out, options.max_audio_seconds, options.vocabulary, options.seed, options.clips)
     print(f"{out}: {summary['audio_seconds']:.0f} audio-seconds, clips {summary['clips']}")
+
+
+def _data_from_manifest(options) -> None:
+    from step_megatron.data.manifest import convert_manifest
+
+    source = options.source or options.manifest.stem
+    count = convert_manifest(options.manifest, options.out, options.instruction, source, options.tars)
+    print(f"{options.out}: {count} conversations")
 
 
 def _data_inspect(options) -> None:

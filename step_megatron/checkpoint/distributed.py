@@ -61,13 +61,20 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
 
 
 def save_checkpoint(
-    run_dir: str | Path, step: int, model: list[torch.nn.Module], optimizer: Any, scheduler: Any, extra: dict[str, Any]
+    run_dir: str | Path,
+    step: int,
+    model: list[torch.nn.Module],
+    optimizer: Any,
+    scheduler: Any,
+    extra: dict[str, Any],
+    keep: int = 0,
 ) -> Path:
     """Write one checkpoint; every rank calls this, with the same `step` and `extra`.
 
     Args:
         model: this rank's chunks, wrapped for data parallelism or not.
         extra: what else the run needs to go on (loader position and the like), plain values, equal on all ranks.
+        keep: how many of the newest checkpoints stay, this one included; 0 keeps them all.
 
     Returns:
         The checkpoint's directory.
@@ -95,6 +102,7 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         _point_to(root, final.name)
+        _remove_older(root, step, keep)
     torch.distributed.barrier()
     return final
 
@@ -200,3 +208,11 @@ def _point_to(root: Path, name: str) -> None:
     temporary = root / f".{LATEST}"
     temporary.write_text(name + "\n", encoding="utf-8")
     os.replace(temporary, root / LATEST)
+
+
+def _remove_older(root: Path, step: int, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to `step`; later ones (of a run that went back) are left alone."""
+    steps = sorted(int(path.name.removeprefix("step_")) for path in root.glob("step_*") if path.is_dir())
+    older = [other for other in steps if other <= step]
+    for other in older[:-keep] if keep else []:
+        shutil.rmtree(root / f"step_{other:08d}", ignore_errors=True)

@@ -6,8 +6,10 @@ names the place and the nearest key that exists; a value of the wrong type is an
 type expected.
 """
 
+import copy
 import dataclasses
 import difflib
+import os
 import re
 import types
 from pathlib import Path
@@ -67,6 +69,19 @@ def preset_tree(name: str) -> dict:
 def to_dict(config: Config) -> dict:
     """The configuration as plain dictionaries, lists and scalars, ready for YAML or JSON."""
     return dataclasses.asdict(config)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """A copy whose files and folders are named from the root, so that it means the same in any working directory."""
+    config = copy.deepcopy(config)
+    named = [(config.run, "dir"), (config.tokenizer, "path"), (config.data, "index"), (config.audio, "cache_dir")]
+    named += [(source, "path") for source in (*config.data.sources, *config.data.validation)]
+    if config.encoder.weights != "random":
+        named.append((config.encoder, "weights"))
+    for section, name in named:
+        value = getattr(section, name)
+        setattr(section, name, os.path.abspath(value) if value else value)
+    return config
 
 
 def save(config: Config, path: str | Path) -> None:

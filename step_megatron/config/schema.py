@@ -20,6 +20,8 @@ class RunConfig:
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     # Compute threads of one rank; 0 divides the machine's cores by the ranks on it.
     threads: int = 0
+    # How long a collective may wait for the slowest rank before the run fails; the first step may encode a whole corpus.
+    timeout_minutes: int = 30
     log_interval: int = 10
     tensorboard: bool = True
     wandb_project: str = ""
@@ -130,6 +132,8 @@ class TrainingConfig:
     wsd_decay_steps: int = 0
     # Steps between two checkpoints; 0 saves at the end only (and when the run is told to stop).
     save_interval: int = 0
+    # Newest checkpoints that stay on disk; 0 keeps them all.
+    keep_checkpoints: int = 0
     # Steps between two measurements of the validation loss; 0 measures at the end only.
     validation_interval: int = 0
     # Micro-batches of one measurement over all data-parallel ranks; the same ones each time.

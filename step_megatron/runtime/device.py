@@ -15,7 +15,6 @@ import torch.distributed as dist
 from step_megatron.config.schema import Config
 from step_megatron.runtime import machine, megatron_cpu, megatron_release, seeds
 
-_TIMEOUT = datetime.timedelta(minutes=30)
 # The order in which Megatron lays the dimensions out over ranks; also used to find the ranks of one replica.
 _ORDER = "tp-cp-ep-dp-pp"
 
@@ -88,8 +87,9 @@ def initialize(config: Config) -> Runtime:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        _join(backend, rank, world_size)
-        control_group = _build_groups(layout, world_size)
+        timeout = datetime.timedelta(minutes=config.run.timeout_minutes)
+        _join(backend, rank, world_size, timeout)
+        control_group = _build_groups(layout, world_size, timeout)
         _runtime = _describe(device, backend, (rank, world_size, local_rank, local_world_size), threads, control_group)
         seeds.seed_everything(config.run.seed, _runtime.pp_rank)
     except BaseException:
@@ -190,18 +190,18 @@ def _threads(wanted: int, cores: int, local_world_size: int) -> int:
     return wanted or max(1, cores // local_world_size)
 
 
-def _join(backend: str, rank: int, world_size: int) -> None:
+def _join(backend: str, rank: int, world_size: int, timeout: datetime.timedelta) -> None:
     """Meet the other ranks. Every initialisation has a prefix of its own, so that it never reads keys of the one before."""
     global _store, _generation
     if _store is None:
         # A single process needs no port at all.
-        _store = dist.HashStore() if world_size == 1 else next(dist.rendezvous("env://", timeout=_TIMEOUT))[0]
+        _store = dist.HashStore() if world_size == 1 else next(dist.rendezvous("env://", timeout=timeout))[0]
     _generation += 1
     store = dist.PrefixStore(f"step-megatron/{_generation}", _store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def _build_groups(layout: _Layout, world_size: int) -> dist.ProcessGroup:
+def _build_groups(layout: _Layout, world_size: int, timeout: datetime.timedelta) -> dist.ProcessGroup:
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
@@ -210,12 +210,13 @@ def _build_groups(layout: _Layout, world_size: int) -> dist.ProcessGroup:
         virtual_pipeline_model_parallel_size=layout.vpp,
         context_parallel_size=layout.cp,
         order=_ORDER,
+        distributed_timeout_minutes=round(timeout.total_seconds() / 60),
     )
     replicas = parallel_state.RankGenerator(
         tp=layout.tp, ep=1, dp=world_size // (layout.tp * layout.pp * layout.cp), pp=layout.pp, cp=layout.cp, order=_ORDER
     ).get_ranks("tp-cp-pp")
     # Every rank has to take part in the making of every group.
-    groups = [dist.new_group(ranks, backend="gloo", timeout=_TIMEOUT) for ranks in replicas]
+    groups = [dist.new_group(ranks, backend="gloo", timeout=timeout) for ranks in replicas]
     return next(group for ranks, group in zip(replicas, groups, strict=True) if dist.get_rank() in ranks)
 
 

@@ -27,7 +27,7 @@ from step_megatron.audio.cache import EncodedClip
 from step_megatron.audio.encode_once import EncodedAudio, open_encoded_audio
 from step_megatron.audio.index import AudioIndex
 from step_megatron.checkpoint.distributed import latest_checkpoint, load_checkpoint, save_checkpoint
-from step_megatron.config import save
+from step_megatron.config import save, with_absolute_paths
 from step_megatron.config.load import ConfigError
 from step_megatron.config.schema import Config
 from step_megatron.data.loader import MixtureLoader
@@ -202,7 +202,8 @@ def write_record(config: Config, runtime: Runtime) -> None:
     """Write `config.yaml` and `run.json` into the run directory."""
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    save(config, folder / "config.yaml")
+    # Evaluation and chat read it from wherever they are started.
+    save(with_absolute_paths(config), folder / "config.yaml")
     packages = ("step-megatron", "torch", "megatron-core", "numpy", "nvidia-dali-cuda130")
     record = {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
@@ -292,4 +293,5 @@ def _save(trainer: Trainer, loader: MixtureLoader) -> None:
             trainer.optimizer,
             trainer.scheduler,
             {"loader": loader.state_dict()},
+            keep=trainer.config.training.keep_checkpoints,
         )

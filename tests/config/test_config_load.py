@@ -2,7 +2,7 @@
 
 import pytest
 
-from step_megatron.config import ConfigError, load_config, save, to_dict
+from step_megatron.config import ConfigError, load_config, save, to_dict, with_absolute_paths
 
 
 def recipe(tmp_path, text):
@@ -63,3 +63,17 @@ def test_what_is_saved_loads_back_equal(tmp_path):
     config = load_config(None, ["model.preset=tiny", "data.sources=[{name: a, path: b, weight: 2}]", "run.dir=täst"])
     save(config, tmp_path / "resolved.yaml")
     assert to_dict(load_config(tmp_path / "resolved.yaml")) == to_dict(config)
+
+
+def test_absolute_paths_mean_the_same_in_another_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = ["data.sources=[{name: a, path: b.jsonl, weight: 2}]", "run.dir=runs/x", "tokenizer.path=/t", "data.index=../i"]
+    config = with_absolute_paths(load_config(None, settings))
+    assert (config.run.dir, config.tokenizer.path, config.data.index, config.data.sources[0].path) == (
+        str(tmp_path / "runs/x"),
+        "/t",
+        str(tmp_path.parent / "i"),
+        str(tmp_path / "b.jsonl"),
+    )
+    # What is not a path stays: no cache directory, and random encoder weights.
+    assert (config.audio.cache_dir, config.encoder.weights) == ("", "random")

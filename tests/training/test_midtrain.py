@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from training.toy_run import encode_clips, train, write_data
 
+from step_megatron.checkpoint.distributed import checkpoint_root, latest_checkpoint
 from step_megatron.config import load_config
 from step_megatron.runtime.metrics import read_metrics
 
@@ -40,6 +41,13 @@ def test_a_run_leaves_its_record_and_learns(uninterrupted):
     assert {"loss/tones", "loss/sums", "learning_rate", "grad_norm", "padding_share", "mfu"} <= first.keys()
     assert [line["step"] for line in lines(run_dir) if "validation_loss" in line] == [3, 6]
     assert summary["validation_loss"] == last["validation_loss"] == last["validation_loss/held out"]
+
+
+def test_only_the_newest_checkpoints_stay(worker_pool, data, tmp_path):
+    extra = ("training.save_interval=2", "training.keep_checkpoints=2")
+    worker_pool(1).run(train, {"data": data, "run_dir": str(tmp_path), "extra": extra})
+    assert sorted(path.name for path in checkpoint_root(tmp_path).glob("step_*")) == ["step_00000004", "step_00000006"]
+    assert latest_checkpoint(tmp_path).name == "step_00000006"
 
 
 def test_a_run_that_was_told_to_stop_goes_on_with_the_same_numbers(worker_pool, data, uninterrupted, tmp_path):
