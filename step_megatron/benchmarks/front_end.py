@@ -8,10 +8,12 @@ alternate between the three, so that what else the machine does hits all of them
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from step_megatron.audio.front_end import DecodedClip, LogMelFrontEnd, split_chunks
 from step_megatron.audio.geometry import SAMPLE_RATE
@@ -47,9 +49,10 @@ def run(options: Namespace) -> dict:
         "unpadded": lambda: extract(padding=False),
     }
     seconds = sum(len(clip) for clip in clips) / SAMPLE_RATE
-    for work in contestants.values():
-        work()
-    rounds = [{name: seconds / _cpu_seconds(work) for name, work in contestants.items()} for _ in range(options.repeats)]
+    with _one_thread():
+        for work in contestants.values():
+            work()
+        rounds = [{name: seconds / _cpu_seconds(work) for name, work in contestants.items()} for _ in range(options.repeats)]
     print(f"{len(clips)} {source} clips, {seconds:.0f} s; audio-seconds per CPU-second, median of {len(rounds)} (lowest-highest)")
     for name in contestants:
         print(f"  {name:9} {_spread([each[name] for each in rounds])}")
@@ -82,6 +85,17 @@ def _clips(data: Path, count: int) -> tuple[list[np.ndarray], str]:
     chosen = files[:: max(1, len(files) // count)][:count]
     decoded = LogMelFrontEnd(_MELS).decode([file.read_bytes() for file in chosen], [file.name for file in chosen])
     return [chunk for clip in decoded if isinstance(clip, DecodedClip) for chunk in split_chunks(clip.waveform)], "real"
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One compute thread for torch, which the extractor runs on: two would spin beside each other, and CPU time counts both."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _cpu_seconds(work: Callable[[], object]) -> float:

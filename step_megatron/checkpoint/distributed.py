@@ -9,6 +9,7 @@ scheduler, the random state of each rank, the loader's position and the step.
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from step_megatron.runtime import megatron_checkpoint, seeds
 
 LATEST = "latest"
+_STEP = re.compile(r"step_(\d{8,})")
 BACKEND = ("torch_dist", 1)
 # How Megatron lays out the state: by parameter, not by rank, so that every parallel layout can read it. Each layer has a name of
 # its own: stacked over layers, moments could not be saved when only some layers are trained.
@@ -211,8 +213,11 @@ def _point_to(root: Path, name: str) -> None:
 
 
 def _remove_older(root: Path, step: int, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to `step`; later ones (of a run that went back) are left alone."""
-    steps = sorted(int(path.name.removeprefix("step_")) for path in root.glob("step_*") if path.is_dir())
-    older = [other for other in steps if other <= step]
-    for other in older[:-keep] if keep else []:
-        shutil.rmtree(root / f"step_{other:08d}", ignore_errors=True)
+    """Delete all but the `keep` newest checkpoints up to `step`; later ones (of a run that went back) and copies that a user made
+    beside them are left alone.
+    """
+    if not keep:
+        return
+    steps = sorted(int(found[1]) for path in root.iterdir() if (found := _STEP.fullmatch(path.name)) and int(found[1]) <= step)
+    for older in steps[:-keep]:
+        shutil.rmtree(root / f"step_{older:08d}", ignore_errors=True)

@@ -45,8 +45,10 @@ def test_a_run_leaves_its_record_and_learns(uninterrupted):
 
 def test_only_the_newest_checkpoints_stay(worker_pool, data, tmp_path):
     extra = ("training.save_interval=2", "training.keep_checkpoints=2")
+    copy = checkpoint_root(tmp_path) / "step_00000001_best"
+    copy.mkdir(parents=True)
     worker_pool(1).run(train, {"data": data, "run_dir": str(tmp_path), "extra": extra})
-    assert sorted(path.name for path in checkpoint_root(tmp_path).glob("step_*")) == ["step_00000004", "step_00000006"]
+    assert sorted(path.name for path in checkpoint_root(tmp_path).glob("step_*")) == [copy.name, "step_00000004", "step_00000006"]
     assert latest_checkpoint(tmp_path).name == "step_00000006"
 
 
