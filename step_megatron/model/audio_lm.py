@@ -82,14 +82,18 @@ class AudioLanguageModel(MegatronModule):
         packed = dataclasses.replace(batch.packed, rotary=rotary)
         decoder_input = self.embed(batch) if self.pre_process else None
         self._predicted = batch.predicted
-        return self.language_model(
-            input_ids=None,
-            position_ids=None,
-            attention_mask=None,
-            decoder_input=decoder_input,
-            labels=batch.labels,
-            packed_seq_params=packed,
-        )
+        try:
+            return self.language_model(
+                input_ids=None,
+                position_ids=None,
+                attention_mask=None,
+                decoder_input=decoder_input,
+                labels=batch.labels,
+                packed_seq_params=packed,
+            )
+        finally:
+            # The hook also runs where the decoder is called by itself (generation), with rows of its own.
+            self._predicted = None
 
     def embed(self, batch: ModelBatch) -> torch.Tensor:
         """Decoder input of the first stage: embeddings with audio merged in, sliced, scattered; `[T_local (/ tp), 1, width]`."""

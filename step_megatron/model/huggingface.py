@@ -33,15 +33,13 @@ def from_huggingface(state: Mapping[str, torch.Tensor], config: TransformerConfi
     Args:
         state: tensors of `Qwen2ForCausalLM` or `LlamaForCausalLM`, at least the parameters.
         config: gives layers, heads and groups.
-        tied: the output layer is the embedding. It is returned under both names, for the last of several pipeline stages.
+        tied: the output layer is the embedding, and has no tensor of its own.
 
     Raises:
         KeyError: a tensor that the model needs and `state` lacks.
         ValueError: a tensor that does not have the configuration's shape.
     """
     full = {ours: _take(state, theirs) for ours, theirs in _OUTER.items() if not (tied and ours == "output_layer.weight")}
-    if tied:
-        full["output_layer.weight"] = full["embedding.word_embeddings.weight"]
     for layer in range(config.num_layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         for name, other in _INNER.items():

@@ -30,7 +30,12 @@ class RotaryTable(torch.nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, each `[T, 1, head_width]` in `dtype`, of `position_ids` `[T]` (all below `max_positions`)."""
+        """Cosine and sine, each `[T, 1, head_width]` in `dtype`, of `position_ids` `[T]`.
+
+        Padding may lengthen the last segment of a micro-batch beyond `max_positions` (samples do not, the loader sees to it): it
+        takes the last position's.
+        """
+        position_ids = position_ids.clamp(max=self.cos.shape[0] - 1)
         return (
             self.cos.index_select(0, position_ids).to(dtype).unsqueeze(1),
             self.sin.index_select(0, position_ids).to(dtype).unsqueeze(1),

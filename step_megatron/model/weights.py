@@ -60,17 +60,21 @@ def merge(name: str, shards: list[torch.Tensor]) -> torch.Tensor:
 def full_names(model: torch.nn.Module) -> dict[str, str]:
     """Full name of every parameter of one model chunk, by its name in `named_parameters()`.
 
+    With tied embeddings the last pipeline stage holds a copy of the first stage's; both have the embeddings' name, so that what
+    is drawn, loaded or frozen by name is so on both stages.
+
     Args:
         model: an `AudioLanguageModel` or a `GPTModel`, not wrapped.
     """
     decoder = next(module for name, module in model.named_modules() if name.split(".")[-1] == "decoder")
     numbers = [layer.layer_number - 1 for layer in decoder.layers]
+    tied = model.share_embeddings_and_output_weights
     names = {}
     for name, _ in model.named_parameters():
         full = _LAYER.sub(lambda match: str(numbers[int(match.group())]), name)
         for fused, plain in _FUSED_NORMS.items():
             full = full.replace(fused, plain)
-        names[name] = full
+        names[name] = full.replace("output_layer.", "embedding.word_embeddings.") if tied else full
     return names
 
 
@@ -109,10 +113,7 @@ def _draw(language_model, name: str, parameter: torch.Tensor, seed: int, size: i
     std = config.init_method_std
     if "linear_proj" in name or "linear_fc2" in name:
         std /= (2 * config.num_layers) ** 0.5
-    # The last stage's copy of tied embeddings starts as the first stage's.
-    tied = name == "output_layer.weight" and language_model.share_embeddings_and_output_weights
-    key = "embedding.word_embeddings.weight" if tied else name
-    generator = torch.Generator(parameter.device).manual_seed(seeds.derive(seed, key))
+    generator = torch.Generator(parameter.device).manual_seed(seeds.derive(seed, name))
     return torch.randn(shape, generator=generator, device=parameter.device) * std
 
 

@@ -1,5 +1,7 @@
 """Generation equals transformers' greedy search, whatever the batch; sampling, stopping and budgets do what they say."""
 
+import dataclasses
+
 import pytest
 import torch
 from support.decoder_twins import ENCODER_WIDTH, VOCABULARY, audio_batch, huggingface_twin, model_of_twin, small_config
@@ -65,8 +67,11 @@ def test_greedy_equals_transformers_on_ragged_prompts_with_audio(pair, lean, mon
         assert [result.tokens for result in results] == expected
         assert all(result.finish_reason == "length" for result in results)
     assert model.training, "the mode is restored"
-    model(audio_batch([14, 6], {0: 9})).sum().backward()
+    batch = audio_batch([14, 6], {0: 9})
+    predicted = torch.tensor([3, 17])
+    model(dataclasses.replace(batch, labels=batch.labels[:, predicted], predicted=predicted)).sum().backward()
     assert model.adaptor.linear2.weight.grad.any(), "the model trains on after it has generated"
+    assert [result.tokens for result in generate(model, prompts, NEW)] == expected, "a training step leaves nothing behind"
 
 
 @pytest.mark.parametrize("tied, qkv_bias", [(True, True), (False, False)], ids=["tied", "llama"])

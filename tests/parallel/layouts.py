@@ -26,7 +26,11 @@ STEPS = 3
 
 
 def small_config(
-    transformer: dict[str, Any], optimizer: dict[str, Any], ddp: dict[str, Any] | None = None, freeze: tuple[str, ...] = ()
+    transformer: dict[str, Any],
+    optimizer: dict[str, Any],
+    ddp: dict[str, Any] | None = None,
+    freeze: tuple[str, ...] = (),
+    tied: bool = False,
 ) -> Config:
     """A small model: 4 layers, width 64."""
     sizes = {
@@ -35,7 +39,14 @@ def small_config(
     }  # fmt: skip
     return Config(
         run=RunConfig(device="cpu", threads=1, seed=7),
-        model=ModelConfig(preset="test", vocabulary_size=VOCABULARY, max_positions=256, rotary_base=1e4, freeze=list(freeze)),
+        model=ModelConfig(
+            preset="test",
+            vocabulary_size=VOCABULARY,
+            max_positions=256,
+            rotary_base=1e4,
+            tie_embeddings=tied,
+            freeze=list(freeze),
+        ),
         encoder=EncoderConfig(mels=8, width=ENCODER_WIDTH, layers=1, heads=2, ffn_width=48),
         adaptor=AdaptorConfig(width=32),
         training=TrainingConfig(steps=STEPS, micro_batches_per_step=4),
@@ -52,6 +63,7 @@ def train(
     ddp: dict | None = None,
     packed: bool = True,
     freeze: tuple[str, ...] = (),
+    tied: bool = False,
 ) -> dict:
     """Train a few steps in one layout.
 
@@ -62,7 +74,7 @@ def train(
     from step_megatron.runtime.device import initialize
     from step_megatron.training.optimizer import settled_parameters
 
-    config = small_config(transformer, OPTIMIZERS[optimizer], ddp, freeze)
+    config = small_config(transformer, OPTIMIZERS[optimizer], ddp, freeze, tied)
     runtime = initialize(config)
     state = lively_state(config)
     trainer = make_trainer(config, runtime, state, packed)

@@ -74,3 +74,13 @@ def test_layout_equals_one_process(layout, optimizer, worker_pool, one_process):
 def test_packed_equals_unpacked(optimizer, worker_pool, one_process):
     unpacked = worker_pool(1).run(train, {"transformer": {}, "optimizer": optimizer, "packed": False})[0]
     check(unpacked, one_process[optimizer], optimizer)
+
+
+@pytest.mark.parametrize("freeze", [(), ("*word_embeddings*",)], ids=["trained", "frozen"])
+@pytest.mark.parametrize("layout", ["pp2", "pp2-vpp2", "tp2-pp2"])
+def test_tied_embeddings_stay_one_over_a_pipeline(layout, freeze, worker_pool):
+    processes, transformer, _ = LAYOUTS[layout]
+    kwargs = {"optimizer": "adam", "tied": True, "freeze": freeze}
+    expected = worker_pool(1).run(train, kwargs | {"transformer": {}})[0]
+    assert ("language_model.embedding.word_embeddings.weight" in expected["gradients"]) is (not freeze)
+    check(worker_pool(processes).run(train, kwargs | {"transformer": transformer})[0], expected, "adam")
