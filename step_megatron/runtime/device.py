@@ -24,7 +24,8 @@ class Runtime:
     """Where this process stands.
 
     `control_group` is a gloo group of the ranks of one data-parallel replica (tensor x context x pipeline): they exchange small
-    host values over it (which clips failed, whether to stop) without touching the device.
+    host values over it (which clips failed, whether to stop) without touching the device. `timeout` is `run.timeout_minutes`:
+    every process group that is made beside these takes it too, or it would wait for torch's own default.
     """
 
     device: torch.device
@@ -35,6 +36,7 @@ class Runtime:
     local_world_size: int
     threads: int
     control_group: dist.ProcessGroup
+    timeout: datetime.timedelta
     is_first_stage: bool
     is_last_stage: bool
     tp_rank: int
@@ -90,7 +92,8 @@ def initialize(config: Config) -> Runtime:
         timeout = datetime.timedelta(minutes=config.run.timeout_minutes)
         _join(backend, rank, world_size, timeout)
         control_group = _build_groups(layout, world_size, timeout)
-        _runtime = _describe(device, backend, (rank, world_size, local_rank, local_world_size), threads, control_group)
+        place = (rank, world_size, local_rank, local_world_size)
+        _runtime = _describe(device, backend, place, threads, control_group, timeout)
         seeds.seed_everything(config.run.seed, _runtime.pp_rank)
     except BaseException:
         _runtime = None
@@ -221,7 +224,12 @@ def _build_groups(layout: _Layout, world_size: int, timeout: datetime.timedelta)
 
 
 def _describe(
-    device: torch.device, backend: str, place: tuple[int, int, int, int], threads: int, control_group: dist.ProcessGroup
+    device: torch.device,
+    backend: str,
+    place: tuple[int, int, int, int],
+    threads: int,
+    control_group: dist.ProcessGroup,
+    timeout: datetime.timedelta,
 ) -> Runtime:
     from megatron.core import parallel_state
 
@@ -235,6 +243,7 @@ def _describe(
         local_world_size=local_world_size,
         threads=threads,
         control_group=control_group,
+        timeout=timeout,
         is_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),

@@ -61,7 +61,7 @@ def midtrain(config: Config) -> dict[str, Any]:
     started = time.perf_counter()
     runtime = initialize(config)
     try:
-        group = dist.group.WORLD if runtime.backend == "gloo" else dist.new_group(backend="gloo")
+        group = dist.group.WORLD if runtime.backend == "gloo" else dist.new_group(backend="gloo", timeout=runtime.timeout)
         with Interruption(group) as interruption:
             trainer = build_trainer(config, runtime, interruption)
             run(trainer)
