@@ -79,8 +79,12 @@ def split_chunks(waveform: np.ndarray) -> list[np.ndarray]:
 
 @functools.cache
 def decoder_version() -> str:
-    """What the samples of a decoded clip depend on beside its bytes: this file's revision and DALI's version."""
-    return f"front-end-{_REVISION}-dali-{importlib.metadata.version('nvidia-dali-cuda130')}"
+    """What the samples of a decoded clip depend on beside its bytes: this file's revision, and the decoders' versions."""
+    import soundfile
+
+    dali, av = importlib.metadata.version("nvidia-dali-cuda130"), importlib.metadata.version("av")
+    libsndfile = f"{soundfile.__version__}-{soundfile.__libsndfile_version__}"
+    return f"front-end-{_REVISION}-dali-{dali}-soundfile-{libsndfile}-av-{av}"
 
 
 class LogMelFrontEnd:
@@ -117,8 +121,8 @@ class LogMelFrontEnd:
         clips: list[DecodedClip | AudioError] = [_attempt(self._check_length, header) for header in headers]
         by_dali = [i for i, header in enumerate(clips) if isinstance(header, AudioHeader) and header.format in _DALI_FORMATS]
         for batch in _batches(by_dali, [_decoded_bytes(data[i], headers[i]) for i in by_dali]):
-            decoded = self._decode_isolating([np.frombuffer(data[i], np.uint8) for i in batch], [headers[i] for i in batch])
-            for i, clip in zip(batch, decoded, strict=True):
+            encoded = [(np.frombuffer(data[i], np.uint8), headers[i]) for i in batch]
+            for i, clip in zip(batch, _isolating(self._decode_batch, encoded), strict=True):
                 clips[i] = clip
         others = [i for i, header in enumerate(clips) if isinstance(header, AudioHeader)]
         with ThreadPoolExecutor(self.threads) as threads:
@@ -163,26 +167,23 @@ class LogMelFrontEnd:
             raise AudioError("too-long", f"{clip.seconds:.1f} s; the limit is {self.max_seconds:g} s")
         return clip
 
-    def _decode_isolating(self, data: list[np.ndarray], headers: list[AudioHeader]) -> list[DecodedClip | AudioError]:
-        """Decode a batch by DALI; when it fails, halve it until every bad clip is alone."""
-        try:
-            waves, rates = self._run("decode", encoded=data)
-        except RuntimeError as error:
-            if len(data) == 1:
-                return [AudioError("corrupt", _dali_reason(error))]
-            half = len(data) // 2
-            return self._decode_isolating(data[:half], headers[:half]) + self._decode_isolating(data[half:], headers[half:])
-        return [_one_channel(np.asarray(waves[i]), int(np.asarray(rates[i])), header) for i, header in enumerate(headers)]
+    def _decode_batch(self, batch: list[tuple[np.ndarray, AudioHeader]]) -> list[DecodedClip]:
+        """Decode clips by DALI, at their own rates."""
+        waves, rates = self._run("decode", encoded=[data for data, _ in batch])
+        return [_one_channel(np.asarray(waves[i]), int(np.asarray(rates[i])), header) for i, (_, header) in enumerate(batch)]
 
     def _resample(self, clips: list[DecodedClip | AudioError]) -> list[DecodedClip | AudioError]:
         """Bring clips of other rates, still at their own, to 16 kHz."""
         wrong = [i for i, clip in enumerate(clips) if isinstance(clip, DecodedClip) and clip.sample_rate != SAMPLE_RATE]
         for batch in _batches(wrong, [clips[i].waveform.nbytes for i in wrong]):
-            rates = [np.array(clips[i].sample_rate, np.float32) for i in batch]
-            (waves,) = self._run("resample", wave=[clips[i].waveform for i in batch], rate=rates)
-            for place, i in enumerate(batch):
-                clips[i] = replace(clips[i], waveform=np.array(waves[place]))
+            for i, clip in zip(batch, _isolating(self._resample_batch, [clips[i] for i in batch]), strict=True):
+                clips[i] = clip
         return clips
+
+    def _resample_batch(self, batch: list[DecodedClip]) -> list[DecodedClip]:
+        rates = [np.array(clip.sample_rate, np.float32) for clip in batch]
+        (waves,) = self._run("resample", wave=[clip.waveform for clip in batch], rate=rates)
+        return [replace(clip, waveform=np.array(waves[i])) for i, clip in enumerate(batch)]
 
     def _run(self, kind: str, **inputs: list[np.ndarray]) -> tuple:
         """Feed one batch to a pipeline and return its outputs; a pipeline that failed is dropped, DALI cannot use it again."""
@@ -209,6 +210,17 @@ def _batches(clips: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
         batches[-1].append(clip)
         room -= size
     return batches
+
+
+def _isolating(function: Callable[[list], list[DecodedClip]], batch: list) -> list[DecodedClip | AudioError]:
+    """The outcomes of a batch by DALI; when it fails, the batch is halved until every bad clip is alone."""
+    try:
+        return list(function(batch))
+    except RuntimeError as error:
+        if len(batch) == 1:
+            return [AudioError("corrupt", _dali_reason(error))]
+        half = len(batch) // 2
+        return _isolating(function, batch[:half]) + _isolating(function, batch[half:])
 
 
 def _attempt(function: Callable, clip: object, *arguments: object):
@@ -273,6 +285,10 @@ def _decode_by_av(data: bytes, header: AudioHeader, max_seconds: float) -> Decod
             if not container.streams.audio:
                 raise AudioError("corrupt", "no audio stream")
             stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                raise AudioError("corrupt", "unknown codec: FFmpeg has no decoder for it")
+            if not (stream.rate and stream.channels):
+                raise AudioError("corrupt", f"an audio stream with {stream.channels} channels at {stream.rate} Hz")
             to_float = av.AudioResampler(format="fltp")
             left = max_seconds * stream.rate
             for frame in container.decode(stream):
@@ -281,9 +297,10 @@ def _decode_by_av(data: bytes, header: AudioHeader, max_seconds: float) -> Decod
                 if left < 0:
                     raise AudioError("too-long", f"more than {max_seconds:g} s")
             channels, rate = stream.channels, stream.rate
+        samples = np.concatenate([np.zeros((channels, 0), np.float32), *parts], axis=1)
     except (av.FFmpegError, ValueError) as error:
         raise AudioError("corrupt", f"not audio that DALI, soundfile or FFmpeg can read ({error})") from error
-    return _one_channel(np.concatenate([np.zeros((channels, 0), np.float32), *parts], axis=1).T, rate, header)
+    return _one_channel(samples.T, rate, header)
 
 
 def _dali_reason(error: RuntimeError) -> str:

@@ -115,6 +115,8 @@ def _read_flac(data: bytes) -> AudioHeader:
 def _read_ogg(data: bytes) -> AudioHeader:
     """Rate and channels from the first page; the last page must be whole and carry the end-of-stream mark."""
     last = data.rfind(b"OggS")
+    if last + 27 > len(data):
+        raise AudioError("truncated", f"{len(data)} bytes end inside the header of an ogg page")
     flags, granule, segments = data[last + 5], struct.unpack_from("<q", data, last + 6)[0], data[last + 26]
     size = 27 + segments + sum(data[last + 27 : last + 27 + segments])
     if last + size > len(data) or not flags & 4:

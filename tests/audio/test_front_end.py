@@ -11,9 +11,11 @@ import torch
 from audio.audio_files import encoded, voice
 from transformers import WhisperFeatureExtractor
 
+from step_megatron.audio import front_end as front_end_module
 from step_megatron.audio.errors import AudioError
-from step_megatron.audio.front_end import LogMelFrontEnd, split_chunks
+from step_megatron.audio.front_end import LogMelFrontEnd, decoder_version, split_chunks
 from step_megatron.audio.geometry import CHUNK_SAMPLES, chunk_frames, chunk_lengths
+from step_megatron.audio.headers import AudioHeader, read_header
 from step_megatron.benchmarks.front_end import run
 
 TOLERANCE = 2e-4
@@ -241,6 +243,7 @@ def damaged_clips():
     not_finite[500] = np.nan
     flipped = bytearray(flac)
     flipped[len(flac) // 2 :] = bytes(len(flac) - len(flac) // 2)
+    foreign = good[:20] + struct.pack("<H", 0x1234) + good[22:]
     no_data = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36, b"WAVE", b"fmt ", 16, 1, 1, 16000, 32000, 2, 16, b"data", 0)
     return {
         "empty": (b"", "empty", "0 bytes"),
@@ -248,6 +251,7 @@ def damaged_clips():
         "cut wav header": (good[:30], "truncated", "data chunk|header"),
         "wav without samples": (no_data, "empty", "without samples"),
         "wav with 0 channels": (good[:22] + b"\0\0" + good[24:], "corrupt", "0 channels"),
+        "wav of an unknown codec": (foreign, "corrupt", "unknown codec"),
         "text": (b"once upon a time" * 100, "corrupt", "not audio"),
         "zeros": (bytes(5000), "corrupt", "not audio"),
         "cut flac": (flac[: len(flac) // 2], "corrupt", "samples"),
@@ -277,6 +281,55 @@ def test_damaged_clips_fail_alone_and_leave_the_others_alone():
 
 def _throw(error):
     raise error
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype"),
+    [("OGG", "VORBIS"), ("OGG", "OPUS"), ("FLAC", None), ("WAV", "PCM_16"), ("RF64", "PCM_16"), ("MP3", None)],
+)
+def test_a_clip_cut_anywhere_has_its_header_or_an_error(container, subtype):
+    """`unknown` is no header: other decoders are asked, and refuse."""
+    data = encoded(voice(0.1), container=container, subtype=subtype)
+    whole = read_header(data)
+    for size in range(len(data)):
+        try:
+            header = read_header(data[:size])
+        except AudioError as error:
+            assert error.kind in ("empty", "truncated"), size
+        else:
+            assert header in (whole, AudioHeader("unknown")), size
+
+
+def test_g722_cut_anywhere_has_two_samples_a_byte():
+    assert [read_header(bytes(size), "a.g722").frames for size in (1, 2, 99)] == [2, 4, 198]
+
+
+def test_a_clip_that_cannot_be_resampled_fails_alone(monkeypatch):
+    front_end = LogMelFrontEnd(80)
+    run_pipeline = front_end._run
+
+    def run(kind, **inputs):
+        if kind == "resample" and any(rate == 11025 for rate in inputs["rate"]):
+            raise RuntimeError("Assert on resampling failed")
+        return run_pipeline(kind, **inputs)
+
+    monkeypatch.setattr(front_end, "_run", run)
+    good, bad, other = front_end.decode([encoded(voice(0.5, rate), rate) for rate in (8000, 11025, 44100)])
+    assert (bad.kind, bad.detail) == ("corrupt", "Assert on resampling failed")
+    assert abs(len(good.waveform) - 8000) <= 1 and abs(len(other.waveform) - 8000) <= 1
+
+
+def test_a_decoder_of_another_version_is_another_decoder(monkeypatch):
+    versions = {"nvidia-dali-cuda130": "1", "av": "1"}
+    monkeypatch.setattr(front_end_module.importlib.metadata, "version", lambda name: versions[name])
+    seen = [decoder_version.__wrapped__()]
+    for package in versions:
+        versions[package] = "2"
+        seen.append(decoder_version.__wrapped__())
+    for name in ("__version__", "__libsndfile_version__"):
+        monkeypatch.setattr(soundfile, name, "another")
+        seen.append(decoder_version.__wrapped__())
+    assert len(set(seen)) == 5
 
 
 def test_a_wav_from_a_pipe_has_no_size_and_is_read_to_its_end(front_end):
