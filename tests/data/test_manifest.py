@@ -1,6 +1,7 @@
 """NeMo manifests: clips, tarred clips and parts of recordings become conversations; bad lines are refused by place and field."""
 
 import json
+import math
 import tarfile
 
 import numpy as np
@@ -75,6 +76,38 @@ def test_offset_cuts_the_part_sample_for_sample(tmp_path, subtype):
     assert rate == 8000 and np.array_equal(samples * 32768, ramp[2000:6000])
 
 
+def test_the_first_part_is_cut_and_the_whole_is_not(tmp_path):
+    """The first of several parts has offset 0; a rounded duration is still the whole recording."""
+    ramp = np.arange(8000, dtype=np.int16)
+    soundfile.write(tmp_path / "long.wav", ramp, 8000)
+    line = {"audio_filepath": "long.wav", "text": "a"}
+    durations = [0.5, 1.0, 0.995, 1.004]
+    manifest = write(
+        tmp_path,
+        *({**line, "offset": 0, "duration": duration} for duration in durations),
+        {**line, "offset": 0.5, "duration": 0.501},
+    )
+    convert_manifest(manifest, tmp_path / "out.jsonl", ASK, "c")
+    addresses = [conversation.audio_addresses()[0] for conversation in read_conversations(tmp_path / "out.jsonl")]
+    assert addresses == ["cut/c-1.wav", "long.wav", "long.wav", "long.wav", "cut/c-5.wav"]
+    for address, part in (("cut/c-1.wav", ramp[:4000]), ("cut/c-5.wav", ramp[4000:])):
+        assert np.array_equal(soundfile.read(tmp_path / address, dtype="int16")[0], part)
+
+
+def test_a_refused_manifest_leaves_no_cut_clips(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(8000), 8000)
+    part = {**GOOD, "offset": 0.2, "duration": 0.5}
+    with pytest.raises(SchemaError, match="manifest.json:2"):
+        convert_manifest(write(tmp_path, part, {**GOOD, "text": 3}), tmp_path / "out.jsonl", ASK, "c")
+    assert not (tmp_path / "cut").exists()
+    convert_manifest(write(tmp_path, part), tmp_path / "out.jsonl", ASK, "c")
+    before = (tmp_path / "cut/c-1.wav").read_bytes()
+    with pytest.raises(SchemaError, match="manifest.json:2"):
+        convert_manifest(write(tmp_path, {**part, "duration": 0.3}, {**GOOD, "text": 3}), tmp_path / "out.jsonl", ASK, "c")
+    assert {path.name for path in (tmp_path / "cut").iterdir()} == {"c-1.wav"}
+    assert (tmp_path / "cut/c-1.wav").read_bytes() == before, "the clips of the JSONL that stands are as they were"
+
+
 GOOD = {"audio_filepath": "a.wav", "duration": 1.0, "text": "a"}
 
 
@@ -87,6 +120,11 @@ GOOD = {"audio_filepath": "a.wav", "duration": 1.0, "text": "a"}
         ({}, "a_{shard}.tar", "field `shard_id` is None; a tarred manifest needs its number"),
         ({"offset": 0.5}, "", "field `audio_filepath`: .*a.wav cannot be cut .missing"),
         ({"offset": "x"}, "", "field `offset` is 'x'; write seconds"),
+        ({"offset": math.nan}, "", "field `offset` is nan; write seconds"),
+        ({"offset": 0, "duration": math.inf}, "", "field `duration` is inf; write seconds"),
+        ({"audio_filepath": "b.wav", "offset": 1.0, "duration": 0.005}, "", "fields `offset` and `duration` ask for 1.0 s"),
+        ({"snr": math.nan}, "", "NaN is not JSON"),
+        ({"split": "dev"}, "", "field `meta.split` is 'dev'; write one of train"),
         ({"audio_filepath": "b.wav", "offset": 0.5}, "", "fields `offset` and `duration` ask for 0.5 s to 1.5 s of 1.0 s"),
         ({"audio_filepath": "manifest.json", "offset": 0.5}, "", "field `audio_filepath`: .*json cannot be cut"),
     ],
@@ -104,6 +142,9 @@ def test_what_is_not_a_manifest_is_refused(tmp_path):
         convert_manifest(tmp_path / "no.json", tmp_path / "out.jsonl", ASK, "c")
     (tmp_path / "m.json").write_text("[1]\n")
     with pytest.raises(SchemaError, match="m.json:1: not a JSON object"):
+        convert_manifest(tmp_path / "m.json", tmp_path / "out.jsonl", ASK, "c")
+    (tmp_path / "m.json").write_bytes(json.dumps(GOOD).encode() + b'\n{"text": "\xe9"}\n')
+    with pytest.raises(SchemaError, match="m.json:2: not a JSON object in UTF-8"):
         convert_manifest(tmp_path / "m.json", tmp_path / "out.jsonl", ASK, "c")
     with pytest.raises(SchemaError, match="no place for the shard's number"):
         convert_manifest(tmp_path / "m.json", tmp_path / "out.jsonl", ASK, "c", tars="audio.tar")
