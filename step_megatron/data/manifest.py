@@ -125,7 +125,7 @@ class _Reader:
         return os.path.relpath(address, self.out_dir) if inside else address
 
     def cut(self, address: str, offset: float, duration: float, number: int) -> str:
-        """Write a part of a recording, sample for sample, to a file of its own; returns its address, or the recording's if it is all of it."""
+        """Write a part of a recording, sample for sample, to a file of its own, unless it is all of it; its address."""
         where = f"{self.manifest}:{number}"
         try:
             with soundfile.SoundFile(io.BytesIO(parse_address(address).read())) as file:

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from step_megatron.data.fetch import download as download_module
 from step_megatron.data.fetch import mirror
 from step_megatron.data.fetch.download import DownloadError, download
 from step_megatron.data.fetch.mirror import MirrorError, candidates
@@ -41,6 +42,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and behaviour != "no-range" else 0
         if start >= len(content):
             return self.send_error(416)
+        if behaviour == "cut chunk":
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"1000\r\nonly this much")
+            return self.connection.close()
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -109,6 +116,14 @@ def test_a_busy_server_is_asked_again(server, tmp_path):
     server.behaviour = ["busy", "busy", "whole"]
     get(server, tmp_path / "f")
     assert len(server.ranges) == 3
+
+
+def test_an_answer_that_is_not_whole_http_is_asked_for_again_and_elsewhere(server, tmp_path):
+    server.behaviour = ["cut chunk", "whole"]
+    assert get(server, tmp_path / "f").read_bytes() == CONTENT
+    server.behaviour = ["cut chunk"] * download_module._ATTEMPTS
+    urls = [server.url + "/f", server.url + "/g"]
+    assert download(urls, tmp_path / "g", SIZE, DIGEST, wait_seconds=0.01).read_bytes() == CONTENT
 
 
 def test_another_file_is_never_left_in_place(server, tmp_path):

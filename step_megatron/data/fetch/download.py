@@ -5,6 +5,7 @@ its final name is right, even after `kill -9`.
 """
 
 import hashlib
+import http.client
 import sys
 import time
 import urllib.error
@@ -77,7 +78,7 @@ def download(urls: list[str], target: Path, size: int, sha256: str, wait_seconds
     for url in urls:
         try:
             _download_from(url, part, size, sha256, wait_seconds)
-        except (urllib.error.HTTPError, DownloadError, OSError) as error:
+        except (DownloadError, OSError, http.client.HTTPException) as error:
             reasons.append(f"  {url}: {error}")
             continue
         part.rename(target)
@@ -104,8 +105,8 @@ def _download_from(url: str, part: Path, size: int, sha256: str, wait_seconds: f
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code not in (408, 429):
                 raise
-            failure: OSError = error
-        except OSError as error:
+            failure: Exception = error
+        except (OSError, http.client.HTTPException) as error:
             failure = error
         if attempt == _ATTEMPTS - 1:
             raise failure
@@ -123,7 +124,7 @@ def _download_from(url: str, part: Path, size: int, sha256: str, wait_seconds: f
 
 
 def _transfer(url: str, part: Path, size: int) -> None:
-    """One HTTP exchange that appends to `part`; OSError when the connection ends before `size` bytes are there."""
+    """One HTTP exchange that appends to `part`; OSError or HTTPException when fewer than `size` bytes come."""
     start = part.stat().st_size if part.exists() else 0
     if start == size:
         return
