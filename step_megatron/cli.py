@@ -1,8 +1,8 @@
 """The command line: `step-megatron doctor | data | train | eval | report | chat | bench`.
 
 Every command imports what it needs when it runs, so that `--help` and `doctor` work on a machine where the rest does not.
-An error that a user can mend (a bad path, a bad setting, bad data) prints one line and exits with 2; anything else is a defect
-and shows its traceback.
+An error that a user can mend (a bad path, a bad setting, bad data) prints its message and exits with 2; anything else is a defect
+and shows its traceback, as every error does when STEP_TRACEBACK is set.
 """
 
 import argparse
@@ -12,26 +12,26 @@ import sys
 import warnings
 from pathlib import Path
 
+from step_megatron.errors import UserError
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     # Megatron warns on import about every optional package that is absent: `doctor` says it once, with the remedy.
     warnings.filterwarnings("ignore", module="megatron")
     options = _parser().parse_args(arguments)
-    from step_megatron.config import ConfigError
-
     try:
         return options.command(options) or 0
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except (UserError, ValueError, OSError, ImportError) as error:
         if os.environ.get("STEP_TRACEBACK"):
             raise
-        # What is wrong with a setting is wrong on every rank: once is enough. A failure of one rank alone is not hidden.
+        # Said by every rank, though often all say the same: it may be wrong on one machine only, and torchrun ends the others
+        # as soon as one has failed, maybe before they have said anything.
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or not isinstance(error, ConfigError):
-            print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
+        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         return 2
 
 
@@ -234,7 +234,13 @@ def _chat(options) -> None:
 
 def _bench(options) -> None:
     import importlib
+    import importlib.util
 
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError(
+            "bench compares with transformers, which is not installed; run: pip install 'step-megatron[dev]' "
+            "(in a checkout: pip install -e '.[dev]')"
+        )
     module = importlib.import_module(f"step_megatron.benchmarks.{options.name.replace('-', '_')}")
     result = module.run(options)
     if options.json:

@@ -212,14 +212,18 @@ def _compiler() -> Answer:
 
 def _kernels() -> Answer:
     import torch
-    from step_kernels import available_backends, select_backend
+    from step_kernels import backends_of, native, registered
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    reasons = available_backends(device)
-    off = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-    live = ", ".join(name for name, reason in reasons.items() if not reason)
-    detail = f"on {device}: {live}; used: {select_backend(device)}"
-    return "ok", detail + (f" (off: {off})" if off else ""), ""
+    library = native.describe()
+    if not library["loaded"]:
+        return "missing", str(library["reason"]), "pip install --no-build-isolation -e . with a C++ compiler"
+    used: dict[str, list[str]] = {}
+    for op in registered():
+        live = next(name for name, reason in backends_of(op, device).items() if not reason)
+        used.setdefault(live, []).append(op)
+    detail = "; ".join(f"{name}: {', '.join(ops)}" for name, ops in used.items())
+    return "ok", f"on {device} ({library['cpu']}, CUDA kernels {'built' if library['cuda'] else 'not built'}): {detail}", ""
 
 
 def _package(distribution: str, module: str, what: str) -> Callable[[], Answer]:
@@ -241,6 +245,13 @@ def _package(distribution: str, module: str, what: str) -> Callable[[], Answer]:
 def _wandb() -> Answer:
     version = _version("wandb")
     return "ok", version or "not installed: of use only when run.wandb_project is set (pip install 'step-megatron[wandb]')", ""
+
+
+def _transformers() -> Answer:
+    version = _version("transformers")
+    if version is None:
+        return "limited", "not installed: `bench` has no peer to compare with", "pip install 'step-megatron[dev]'"
+    return "ok", f"{version} (the peer of `bench`)", ""
 
 
 def _version(distribution: str) -> str | None:
@@ -289,5 +300,6 @@ _CHECKS: dict[str, Callable[[], Answer]] = {
     "PyAV": _package("av", "av", "containers that soundfile does not know cannot be read"),
     "tiktoken": _package("tiktoken", "tiktoken", "text cannot be tokenised"),
     "TensorBoard": _package("tensorboard", "tensorboard", "set run.tensorboard=false to do without"),
+    "transformers": _transformers,
     "wandb": _wandb,
 }

@@ -1,11 +1,13 @@
-"""The one exception of the audio rooms: a clip that cannot be used, with a kind that quarantine reports count by."""
+"""The exceptions of the audio rooms; the main one is a clip that cannot be used, with a kind that quarantine reports count by."""
 
 from typing import Literal
+
+from step_megatron.errors import UserError
 
 ErrorKind = Literal["missing", "unreadable", "empty", "corrupt", "truncated", "silent", "too-short", "too-long"]
 
 
-class AudioError(Exception):
+class AudioError(UserError):
     """A clip that cannot be used.
 
     Attributes:
@@ -21,5 +23,9 @@ class AudioError(Exception):
         return f"{self.kind}: {self.detail}"
 
 
-class QuarantineLimitExceeded(RuntimeError):
+class NotIndexed(UserError, KeyError):
+    """A clip that the audio index does not hold; the message says whether it is quarantined (and why) or was never validated."""
+
+
+class QuarantineLimitExceeded(UserError, RuntimeError):
     """More clips are unusable than `data.quarantine_limit` allows; the message has the counts and the commonest reasons."""

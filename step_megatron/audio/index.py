@@ -2,7 +2,8 @@
 
 `validate` writes two files of JSON lines:
 
-    index.jsonl       {"address", "sha256", "num_samples", "sample_rate", "channels", "duration", "format", "stamp", "decoder"}
+    index.jsonl       {"address", "sha256", "num_samples", "sample_rate", "channels", "duration", "format", "stamp", "decoder",
+                       "span"}
     quarantine.jsonl  {"address", "kind", "reason", "stamp", "decoder"}
 
 Addresses are relative to the folder of the index where that is possible, so a data set can be moved. `num_samples` is at 16 kHz,
@@ -16,13 +17,13 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from step_megatron.audio.address import AudioAddress, parse_address
-from step_megatron.audio.errors import AudioError, QuarantineLimitExceeded
+from step_megatron.audio.errors import AudioError, NotIndexed, QuarantineLimitExceeded
 from step_megatron.audio.front_end import DecodedClip, LogMelFrontEnd, decoder_version, is_silent
 from step_megatron.audio.geometry import MIN_CHUNK_SAMPLES, SAMPLE_RATE
 from step_megatron.audio.tar_index import audio_members
@@ -44,6 +45,7 @@ class ClipInfo:
         duration: seconds.
         stamp: size and modification time (ns) of the file that holds the clip.
         decoder: `decoder_version()` of who decoded it.
+        span: byte offset and size in its tar; None for other clips.
     """
 
     address: str
@@ -55,6 +57,7 @@ class ClipInfo:
     format: str
     stamp: tuple[int, int]
     decoder: str
+    span: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class AudioIndex:
         return self._key(address) in self._clips
 
     def __getitem__(self, address: str | AudioAddress) -> ClipInfo:
-        """Raises KeyError that says whether the clip is quarantined (and why) or was never validated."""
+        """Raises NotIndexed (a KeyError) that says whether the clip is quarantined (and why) or was never validated."""
         clip = self._clips.get(self._key(address))
         if clip is None:
             reason = self.reason(address)
@@ -120,7 +123,7 @@ class AudioIndex:
                 if reason
                 else "is not in the audio index; run `step-megatron data validate` over its data"
             )
-            raise KeyError(f"{address} {hint}")
+            raise NotIndexed(f"{address} {hint}")
         return clip
 
     def reason(self, address: str | AudioAddress) -> str | None:
@@ -128,8 +131,24 @@ class AudioIndex:
         return self._reasons.get(self._key(address))
 
     def resolve(self, address: str | AudioAddress) -> AudioAddress:
-        """The address with an absolute path, ready to read."""
-        return parse_address(str(address), self.folder)
+        """The address with an absolute path, ready to read: a tar member by its place, while the tar is as it was."""
+        place, clip = parse_address(str(address), self.folder), self._clips.get(self._key(address))
+        if clip is None or clip.span is None or _stamp(place) != clip.stamp:
+            return place
+        return replace(place, offset=clip.span[0], size=clip.span[1])
+
+    def check_durations(self, max_seconds: float) -> None:
+        """Refuse an index with clips that decoding would refuse.
+
+        Raises:
+            ValueError: names the longest clip and `audio.max_clip_seconds`.
+        """
+        longest = max(self, key=lambda clip: clip.duration, default=None)
+        if longest is not None and longest.duration > max_seconds:
+            raise ValueError(
+                f"audio.max_clip_seconds is {max_seconds:g}, and the audio index has {longest.address} of {longest.duration:.1f} s; "
+                f"raise it, or run `step-megatron data validate --max-seconds {max_seconds:g}`"
+            )
 
     def _key(self, address: str | AudioAddress) -> str:
         return os.path.normpath(os.path.join(self.folder, str(address)))
@@ -145,9 +164,9 @@ def validate(
 ) -> ValidationReport:
     """Decode every clip once, and write the index and the quarantine list. Interrupt it and run it again as you like.
 
-    Quarantined are clips that are missing, unreadable, empty, corrupt, truncated, silent (no sample of any channel reaches
-    one step of 16-bit PCM), too short for one token (320 samples or fewer), or longer than `max_seconds`. Any rate, channel count
-    or sample width is right.
+    Quarantined are clips that are missing, unreadable (also by a name that is not UTF-8), empty, corrupt, truncated, silent (no
+    sample of any channel reaches one step of 16-bit PCM), too short for one token (320 samples or fewer), or longer than
+    `max_seconds`. Any rate, channel count or sample width is right.
 
     Args:
         addresses: clips, or shards (`s.tar`, `s-{000..127}.tar`), which stand for all their clips; a relative path is taken from
@@ -164,14 +183,19 @@ def validate(
     threads = threads or len(os.sched_getaffinity(0))
     out_dir = Path(os.path.abspath(out_dir))
     out_dir.mkdir(parents=True, exist_ok=True)
-    wanted = {_relative(clip, out_dir): None for address in addresses for clip in _clips_of(address, root)}
+    named = [_relative(clip, out_dir) for address in addresses for clip in _clips_of(address, root)]
+    wanted = {_escaped(address): None for address in named}
     clips, quarantined = _known(out_dir, wanted, max_seconds)
+    quarantined |= {_escaped(address): _misnamed(address, out_dir) for address in named if address != _escaped(address)}
     missing = [address for address in wanted if address not in clips and address not in quarantined]
     # Written whole before anything is appended: an interrupted run may have left half a line.
     _replace(out_dir / INDEX_NAME, clips.values())
     _replace(out_dir / QUARANTINE_NAME, quarantined.values())
     front_end = LogMelFrontEnd(mels=80, threads=threads, max_seconds=max_seconds)
-    with open(out_dir / INDEX_NAME, "a") as index, open(out_dir / QUARANTINE_NAME, "a") as quarantine:
+    with (
+        open(out_dir / INDEX_NAME, "a", encoding="utf-8") as index,
+        open(out_dir / QUARANTINE_NAME, "a", encoding="utf-8") as quarantine,
+    ):
         for address, outcome in _examine(missing, out_dir, front_end, threads):
             known, file = (clips, index) if isinstance(outcome, ClipInfo) else (quarantined, quarantine)
             known[address] = asdict(outcome) if isinstance(outcome, ClipInfo) else outcome
@@ -205,6 +229,16 @@ def _relative(address: AudioAddress, out_dir: Path) -> str:
     return os.path.relpath(text, out_dir) if text.startswith(str(out_dir) + os.sep) else text
 
 
+def _escaped(address: str) -> str:
+    """The address with what is not UTF-8 in a tar member's name written as `\\xff`; others are returned as they are."""
+    return address.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _misnamed(address: str, out_dir: Path) -> dict:
+    error = AudioError("unreadable", "the name is not UTF-8, so that no conversation can name the clip; repack the tar")
+    return _quarantine_entry(_escaped(address), error, _stamp(parse_address(address, out_dir)))
+
+
 def _known(out_dir: Path, wanted: dict[str, None], max_seconds: float) -> tuple[dict[str, dict], dict[str, dict]]:
     """Entries of earlier runs that still hold: of unchanged files, and of clips that this call does not ask about."""
     clips = {entry["address"]: entry for entry in _read_lines(out_dir / INDEX_NAME, torn_tail=True)}
@@ -214,7 +248,7 @@ def _known(out_dir: Path, wanted: dict[str, None], max_seconds: float) -> tuple[
         if (
             entry is None
             or _may_differ(entry, max_seconds)
-            or _stamp(parse_address(address, out_dir)) != _as_stamp(entry["stamp"])
+            or _stamp(parse_address(address, out_dir)) != _as_pair(entry["stamp"])
         ):
             clips.pop(address, None)
             quarantined.pop(address, None)
@@ -239,41 +273,56 @@ def _examine(
             contents = [future.result() for future in ahead]
             following = batches[number + 1] if number + 1 < len(batches) else []
             ahead = [readers.submit(_read_and_hash, parse_address(address, out_dir)) for address in following]
-            readable = [i for i, (data, _, _) in enumerate(contents) if not isinstance(data, AudioError)]
-            decoded = front_end.decode([contents[i][0] for i in readable], [parse_address(batch[i]).name for i in readable])
+            readable = [i for i, content in enumerate(contents) if not isinstance(content.data, AudioError)]
+            decoded = front_end.decode([contents[i].data for i in readable], [parse_address(batch[i]).name for i in readable])
             outcomes: dict[int, DecodedClip | AudioError] = dict(zip(readable, decoded, strict=True))
             for i, address in enumerate(batch):
-                data, sha256, stamp = contents[i]
-                yield address, _judge(address, outcomes.get(i, data), sha256, stamp)
+                yield address, _judge(address, outcomes.get(i, contents[i].data), contents[i])
             progress.update(len(batch))
 
 
-def _read_and_hash(address: AudioAddress) -> tuple[bytes | AudioError, str, tuple[int, int] | None]:
+@dataclass(frozen=True)
+class _Content:
+    """What is read of a clip: its bytes or why there are none, and the rest as `ClipInfo` has it."""
+
+    data: bytes | AudioError
+    sha256: str
+    stamp: tuple[int, int] | None
+    span: tuple[int, int] | None = None
+
+
+def _read_and_hash(address: AudioAddress) -> _Content:
     stamp = _stamp(address)
     try:
         data = address.read()
+        span = address.locate() if address.member is not None else None
     except AudioError as error:
-        return error, "", stamp
-    return data, hashlib.sha256(data).hexdigest(), stamp
+        return _Content(error, "", stamp)
+    return _Content(data, hashlib.sha256(data).hexdigest(), stamp, span)
 
 
-def _judge(address: str, outcome: DecodedClip | AudioError, sha256: str, stamp: tuple[int, int] | None) -> ClipInfo | dict:
+def _judge(address: str, outcome: DecodedClip | AudioError, content: _Content) -> ClipInfo | dict:
     """The index entry of a good clip, or the quarantine entry of a bad one."""
     error = outcome if isinstance(outcome, AudioError) else _content_error(outcome.waveform)
     if error is not None:
-        return {"address": address, "kind": error.kind, "reason": str(error), "stamp": stamp, "decoder": decoder_version()}
+        return _quarantine_entry(address, error, content.stamp)
     samples = len(outcome.waveform)
     return ClipInfo(
         address,
-        sha256,
+        content.sha256,
         samples,
         outcome.sample_rate,
         outcome.channels,
         samples / SAMPLE_RATE,
         outcome.format,
-        stamp,
+        content.stamp,
         decoder_version(),
+        content.span,
     )
+
+
+def _quarantine_entry(address: str, error: AudioError, stamp: tuple[int, int] | None) -> dict:
+    return {"address": address, "kind": error.kind, "reason": str(error), "stamp": stamp, "decoder": decoder_version()}
 
 
 def _content_error(waveform: np.ndarray) -> AudioError | None:
@@ -292,13 +341,13 @@ def _stamp(address: AudioAddress) -> tuple[int, int] | None:
         return None
 
 
-def _as_stamp(stamp: list[int] | None) -> tuple[int, int] | None:
-    return None if stamp is None else (stamp[0], stamp[1])
+def _as_pair(pair: list[int] | None) -> tuple[int, int] | None:
+    return None if pair is None else (pair[0], pair[1])
 
 
 def _clip_info(entry: dict, path: Path) -> ClipInfo:
     try:
-        return ClipInfo(**entry | {"stamp": _as_stamp(entry["stamp"])})
+        return ClipInfo(**entry | {"stamp": _as_pair(entry["stamp"]), "span": _as_pair(entry.get("span"))})
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path}: an entry of another version ({error}); run `step-megatron data validate` again") from error
 
@@ -307,16 +356,18 @@ def _read_lines(path: Path, torn_tail: bool = False) -> list[dict]:
     """JSON lines of a file, none when it does not exist; `torn_tail` forgives a last line that an interrupted run cut."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     entries = []
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                entries.append(json.loads(line))
+                entries.append(json.loads(line.decode("utf-8")))
         except ValueError as error:
-            if torn_tail and number >= len(lines) - 1:
+            last = number >= len(lines) - 1
+            if torn_tail and last:
                 break
-            raise ValueError(f"{path}, line {number}: not JSON ({error}); delete the file and validate again") from error
+            remedy = "run `step-megatron data validate` again" if last else "delete the file and validate again"
+            raise ValueError(f"{path}, line {number}: not JSON ({error}); {remedy}") from error
     return entries
 
 

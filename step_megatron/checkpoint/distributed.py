@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
+from step_megatron.errors import UserError
 from step_megatron.runtime import megatron_checkpoint, seeds
 
 LATEST = "latest"
@@ -35,7 +36,7 @@ LAYOUT = {
 }
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written or read; the message says which and why."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.transformer import TransformerConfig
@@ -73,20 +74,29 @@ def build_optimizer(config: OptimizerConfig, model: list[DistributedDataParallel
     The groups only carry the multiplier; `schedule.build_scheduler` makes the object that applies it.
 
     Raises:
-        ConfigError: the distributed optimizer on a rank that trains nothing, which it could not save.
+        ConfigError: the distributed optimizer where a rank trains nothing, which it could not save; raised on every rank.
     """
     optimizer = get_megatron_optimizer(config, model, config_overrides=get_standard_config_overrides(config))
-    for part in optimizer_parts(optimizer):
-        if config.use_distributed_optimizer and not any(group["params"] for group in part.optimizer.param_groups):
+    parts = optimizer_parts(optimizer)
+    if config.use_distributed_optimizer:
+        idle = any(not any(group["params"] for group in part.optimizer.param_groups) for part in parts)
+        if _on_any_rank(idle, next(model[0].parameters()).device):
             raise ConfigError(
                 "megatron.optimizer.use_distributed_optimizer: model.freeze leaves a pipeline stage nothing to train, and such a "
                 "run could not be saved; set it to false"
             )
+    for part in parts:
         if isinstance(part.optimizer, torch.optim.AdamW):
             # Without Transformer Engine and apex Megatron takes torch's AdamW in its slowest form.
             for group in part.optimizer.param_groups:
                 group["fused"] = True
     return optimizer
+
+
+def _on_any_rank(flag: bool, device: torch.device) -> bool:
+    answer = torch.tensor([flag], dtype=torch.int32, device=device)
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    return bool(answer.item())
 
 
 def connect_gradients(transformer: TransformerConfig, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:

@@ -70,6 +70,12 @@ def test_a_missing_package_fails_with_the_range_that_this_project_asks_for(witho
     assert json.loads(capsys.readouterr().out)["ok"] is False
 
 
+def test_the_peer_of_the_benchmarks_is_listed_but_not_needed_to_train(without):
+    without("transformers")
+    check = found("transformers")
+    assert check.status == "limited" and "bench" in check.detail and "step-megatron[dev]" in check.remedy
+
+
 def test_a_package_that_cannot_be_imported_is_not_taken_for_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "soundfile", None)
     check = found("soundfile")

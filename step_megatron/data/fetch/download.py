@@ -12,12 +12,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from step_megatron.errors import UserError
+
 _BLOCK = 1 << 18
 _ATTEMPTS = 5
 _TIMEOUT_SECONDS = 60
 
 
-class DownloadError(RuntimeError):
+class DownloadError(UserError, RuntimeError):
     """A pinned file that could not be had, with the remedy."""
 
 

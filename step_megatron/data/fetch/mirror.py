@@ -7,11 +7,13 @@ import os
 import re
 from pathlib import Path
 
+from step_megatron.errors import UserError
+
 VARIABLE = "STEP_DEBIAN_MIRROR"
 _APT = Path("/etc/apt")
 
 
-class MirrorError(RuntimeError):
+class MirrorError(UserError, RuntimeError):
     """No Debian mirror is known."""
 
 

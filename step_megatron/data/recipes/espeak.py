@@ -22,6 +22,7 @@ import numpy as np
 import soundfile
 
 from step_megatron.data.recipes.clip import Clip, normalise, split_of
+from step_megatron.errors import UserError
 
 _BASE_VOICES = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp")
 # Variants of the voice files that state a gender, without whispers, robots and effects, and without those with breath noise (f2,
@@ -51,7 +52,7 @@ _WORDS = (
 )
 
 
-class EspeakError(RuntimeError):
+class EspeakError(UserError, RuntimeError):
     """The synthesiser could not be loaded or refused a voice."""
 
 
