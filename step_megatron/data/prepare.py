@@ -5,14 +5,16 @@ prepare(data_dir, out_dir)  ->  out_dir/{train,validation,test}.jsonl, text_*.js
                                 out_dir/index.jsonl, quarantine.jsonl                         (every clip decoded once)
 """
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from step_megatron.audio.index import ValidationReport, validate
+from step_megatron.data.folders import finish_partial, start_partial
 from step_megatron.data.recipes.build import build
 from step_megatron.data.schema import read_conversations
 from step_megatron.data.template import encoded_texts
-from step_megatron.data.tokenizer import build_compact
+from step_megatron.data.tokenizer import build_compact, compact_limit
 
 _TRAINED = ("train.jsonl", "text_train.jsonl")
 
@@ -26,7 +28,8 @@ def prepare(
         data_dir: what `fetch` filled.
         out_dir: the data set's folder.
         max_audio_seconds: audio of all splits together.
-        vocabulary: most token ids. Only the train split decides which: another split's rare words are spelled in bytes.
+        vocabulary: most token ids; another number than last time makes the vocabulary anew. Only the train split decides which:
+            another split's rare words are spelled in bytes.
         seed, clips: see `recipes.build`.
 
     Returns:
@@ -40,10 +43,14 @@ def prepare(
     if not qwen.is_file():
         raise FileNotFoundError(f"{qwen} is missing; run `step-megatron data fetch` first")
     summary = build(data_dir, out_dir, max_audio_seconds, seed, clips)
-    if not (out_dir / "tokenizer").is_dir():
+    tokenizer = out_dir / "tokenizer"
+    if compact_limit(tokenizer) != vocabulary:
+        print(f"build: making a vocabulary of at most {vocabulary} ids", file=sys.stderr)
         trained = [conversation for name in _TRAINED for conversation in read_conversations(out_dir / name)]
         texts = (text for conversation in trained for text in encoded_texts(conversation))
-        build_compact(texts, qwen, out_dir / "tokenizer", vocabulary)
+        # Half a folder would be read as the whole Qwen vocabulary.
+        build_compact(texts, qwen, start_partial(tokenizer), vocabulary)
+        finish_partial(tokenizer)
     validate_conversations(sorted(out_dir.glob("*.jsonl")), out_dir)
     return summary
 

@@ -145,9 +145,9 @@ class Tokenizer:
             qwen = self._qwen_ids[number] if 0 <= number < self.size else -1
         return self._bpe.decode_single_token_bytes(qwen) if 0 <= qwen < QWEN_RANKS else "\ufffd".encode()
 
-    def save(self, directory: str | Path) -> None:
-        """Write the id map of a compact vocabulary to `directory`/compact.json, atomically."""
-        record = {"format": COMPACT_FORMAT, "specials": self.specials, "qwen_ids": list(self._qwen_ids)}
+    def save(self, directory: str | Path, limit: int | None = None) -> None:
+        """Write the id map of a compact vocabulary to `directory`/compact.json, atomically; `limit` is what it was made with."""
+        record = {"format": COMPACT_FORMAT, "limit": limit, "specials": self.specials, "qwen_ids": list(self._qwen_ids)}
         path = Path(directory) / "compact.json"
         partial = path.with_name("compact.json.partial")
         partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -187,8 +187,16 @@ def build_compact(texts: Iterable[str], tiktoken_path: str | Path, out_dir: str 
     every = {**PUBLISHED_IDS, **PLACEHOLDER_IDS}
     qwen_ids = [every[name] for name in SPECIALS] + singles + frequent
     tokenizer = Tokenizer(bpe, {name: number for number, name in enumerate(SPECIALS)}, qwen_ids, len(qwen_ids))
-    tokenizer.save(out_dir)
+    tokenizer.save(out_dir, limit)
     return tokenizer
+
+
+def compact_limit(directory: str | Path) -> int | None:
+    """The `limit` that `build_compact` made a directory with; None when it did not make it, or did not finish."""
+    try:
+        return json.loads((Path(directory) / "compact.json").read_text(encoding="utf-8")).get("limit")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

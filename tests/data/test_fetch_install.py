@@ -104,7 +104,8 @@ def test_kill_9_in_the_middle_then_again(served, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (tmp_path / "data/sources/.pkg.partial-1").mkdir(parents=True)
+    for leftover in (".pkg.partial", ".pkg.old"):
+        (tmp_path / "data/sources" / leftover).mkdir(parents=True)
     (tmp_path / "data/downloads/.pip-left").mkdir()
     had = part.stat().st_size
     server.behaviour, server.ranges[:] = [], []

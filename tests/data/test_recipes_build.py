@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,6 +245,38 @@ def test_an_interrupted_build_leaves_nothing_half_done(data, tmp_path, monkeypat
             build.build(data, out, seed=3, clips=60)
     assert not out.exists()
     build.build(data, out, seed=3, clips=60)
+    assert [p.name for p in tmp_path.iterdir()] == ["open-speech"]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_an_interruption_while_the_new_data_replace_the_old_loses_neither_for_good(data, tmp_path, monkeypatch, renames):
+    """Whichever step of the replacement is the last one: the folder is whole or absent, and the next build goes on."""
+    out = tmp_path / "open-speech"
+    build.build(data, out, seed=3, clips=60)
+    rename, done = Path.rename, []
+
+    def until_killed(path, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(path)
+        return rename(path, target)
+
+    def killed(path, **how):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return remove(path, **how)
+
+    remove = shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", until_killed)
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build.build(data, out, seed=4, clips=60)
+    assert out.exists() == (renames != 1)
+    if out.exists():
+        assert json.loads((out / "SUMMARY.json").read_text())["made_of"]["seed"] == (3 if renames == 0 else 4)
+        check_splits(out)
+    build.build(data, out, seed=4, clips=60)
     assert [p.name for p in tmp_path.iterdir()] == ["open-speech"]
 
 

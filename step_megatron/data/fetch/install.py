@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from step_megatron.data.fetch import catalogue, deb, mirror
 from step_megatron.data.fetch.catalogue import Archive, Source
 from step_megatron.data.fetch.download import DownloadError, download, sha256_of
 from step_megatron.data.fetch.wheel import download_wheel, read_members
+from step_megatron.data.folders import finish_partial, remove_leftovers, start_partial
 
 _STAMP = "PINNED.json"
 
@@ -38,6 +38,8 @@ def fetch(data_dir: str | Path, groups: list[str], catalogue_file: Path = catalo
     data_dir = Path(data_dir)
     chosen = catalogue.select(groups, catalogue_file)
     with _only_one(data_dir):
+        for source in chosen:
+            remove_leftovers(data_dir / source.destination)
         todo = [source for source in chosen if not _is_installed(source, data_dir)]
         total = sum(archive.size for source in todo for archive in source.archives)
         if todo:
@@ -79,20 +81,14 @@ def _install(source: Source, data_dir: Path) -> None:
     if final.exists() and not (final / _STAMP).exists() and any(final.iterdir()):
         raise DownloadError(f"{final} exists and was not made by fetch; move it away, or use another data directory")
     files = [_download(archive, data_dir / "downloads" / archive.file_name) for archive in source.archives]
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in final.parent.glob(f".{final.name}.partial-*"):
-        shutil.rmtree(leftover)
-    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
-    partial.mkdir()
+    partial = start_partial(final)
     for archive, file in zip(source.archives, files, strict=True):
         _unpack(archive, file, partial)
     for output, expected in source.output_sha256.items():
         if (actual := sha256_of(partial / output)) != expected:
             raise DownloadError(f"{source.name}: {output} has sha256 {actual}, pinned is {expected}")
     (partial / _STAMP).write_text(json.dumps(_pin(source), indent=1, ensure_ascii=False), encoding="utf-8")
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
+    finish_partial(final)
 
 
 def _download(archive: Archive, target: Path) -> Path:

@@ -24,6 +24,7 @@ import soundfile
 from step_megatron.audio.errors import AudioError
 from step_megatron.audio.front_end import LogMelFrontEnd
 from step_megatron.audio.geometry import SAMPLE_RATE
+from step_megatron.data.folders import finish_partial, remove_leftovers, start_partial
 from step_megatron.data.recipes import asterisk, conversations, espeak, gcin, reasoning, sounds, tuxpaint
 from step_megatron.data.recipes.check import check_splits
 from step_megatron.data.recipes.clip import Clip, choose, normalise
@@ -42,6 +43,7 @@ TEXT_ITEMS = {"train": 4000, "validation": 100, "test": 120}
 # Shorter clips of speech hold hardly a word; longer ones cost many tokens.
 _SPEECH_SECONDS = (0.5, 3.0)
 _GENDER_ITEMS = 80
+SUMMARY_NAME = "SUMMARY.json"
 
 
 def build(
@@ -82,15 +84,14 @@ def build(
         "recipe": _recipe_digest(),
         "sources": _fetched(data_dir),
     }
-    summary_file = out_dir / "SUMMARY.json"
+    remove_leftovers(out_dir)
+    summary_file = out_dir / SUMMARY_NAME
     if summary_file.exists() and (old := json.loads(summary_file.read_text(encoding="utf-8"))).get("made_of") == made_of:
         print(f"build: {out_dir} is complete", file=sys.stderr)
         return old
     if out_dir.exists() and not summary_file.exists() and any(out_dir.iterdir()):
         raise FileExistsError(f"{out_dir} exists and was not made by build; move it away or choose another directory")
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = start_partial(out_dir)
     chosen = _select(data_dir, partial, max_audio_seconds, seed, clips)
     if not chosen:
         raise FileNotFoundError(f"{data_dir} holds no fetched source; run `step-megatron data fetch` first")
@@ -102,10 +103,8 @@ def build(
     _copy_licences(data_dir, partial, {clip.corpus for clip in chosen})
     check_splits(partial)
     summary = {"made_of": made_of, **_summary(chosen, spoken, written)}
-    (partial / "SUMMARY.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
-    if out_dir.exists():
-        shutil.rmtree(out_dir)
-    partial.rename(out_dir)
+    (partial / SUMMARY_NAME).write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
+    finish_partial(out_dir)
     return summary
 
 

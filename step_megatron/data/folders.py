@@ -1,0 +1,36 @@
+"""Folders that are complete or absent: written beside their place, then put there by renaming."""
+
+import shutil
+from pathlib import Path
+
+
+def remove_leftovers(final: Path) -> None:
+    """Delete what an interruption left beside `final`."""
+    for leftover in (_partial(final), _old(final)):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def start_partial(final: Path) -> Path:
+    """A fresh, empty folder beside `final` to write into."""
+    remove_leftovers(final)
+    _partial(final).mkdir(parents=True)
+    return _partial(final)
+
+
+def finish_partial(final: Path) -> None:
+    """Put the folder of `start_partial` in the place of `final`, and delete what was there.
+
+    An interruption leaves the old folder, the new one or none at `final`, never a part of one.
+    """
+    if final.exists():
+        final.rename(_old(final))
+    _partial(final).rename(final)
+    shutil.rmtree(_old(final), ignore_errors=True)
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")
+
+
+def _old(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
