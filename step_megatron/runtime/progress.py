@@ -121,13 +121,17 @@ class Progress:
     def _print(self, line: str, last: bool) -> None:
         if not self._active:
             return
-        if self._redraws:
-            # Spaces wipe what a longer line before this one left.
-            self._stream.write("\r" + line.ljust(self._width) + ("\n" if last else ""))
-            self._width = len(line)
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
+        try:
+            if self._redraws:
+                # Spaces wipe what a longer line before this one left.
+                self._stream.write("\r" + line.ljust(self._width) + ("\n" if last else ""))
+                self._width = len(line)
+            else:
+                self._stream.write(line + "\n")
+            self._stream.flush()
+        except OSError:
+            # The terminal was closed: the work goes on (or saves, when the signal of that arrives) without a display.
+            self._active = False
 
 
 def _amount(value: float) -> str:

@@ -1,4 +1,7 @@
-"""Stopping on SIGTERM or SIGINT: finish the step, save, leave. All ranks stop at the same step, whichever of them was told."""
+"""Stopping on SIGTERM, SIGINT or SIGHUP (a closed session): finish the step, save, leave.
+
+All ranks stop at the same step, whichever of them was told.
+"""
 
 import signal
 from types import FrameType
@@ -6,11 +9,14 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interruption:
     """Catches the signals inside a `with` block; a second signal ends the process at once, as without this class.
+
+    A SIGHUP does not count as the first: who closed the session is not impatient, and shell, terminal and torchrun each send
+    signals of their own then. One that is ignored already (`nohup`) stays ignored.
 
     Args:
         group: a gloo group of all ranks.
@@ -23,7 +29,8 @@ class Interruption:
         self.signal_name: str | None = None
 
     def __enter__(self) -> "Interruption":
-        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS if number not in ignored}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -39,7 +46,8 @@ class Interruption:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        self._restore()
+        if number != signal.SIGHUP:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

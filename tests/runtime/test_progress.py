@@ -88,3 +88,15 @@ def test_rank_zero_logs_information_without_its_rank(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.endswith("I hello") for line in lines)
     assert len(logging.getLogger("step_megatron").handlers) == 1
+
+
+def test_a_closed_terminal_does_not_stop_the_work():
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    with Progress(2, "train", stream=Closed()) as progress:
+        progress._printed -= 60
+        progress.update()
+        progress.update()
+    assert progress.done == 2
