@@ -50,6 +50,7 @@ class MixtureLoader:
             no source has audio.
         dp_rank, dp_size: data-parallel position.
         pin_memory: put the tensors into pinned memory.
+        validation: read `data.validation` instead of `data.sources`, `training.validation_micro_batches` to a step.
 
     Attributes:
         source_names: names of the sources, in order.
@@ -70,19 +71,21 @@ class MixtureLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
         pin_memory: bool = False,
+        validation: bool = False,
     ):
-        self.bins_per_step = config.training.micro_batches_per_step
+        # As the user knows them, for messages.
+        self.sources_key = "data.validation" if validation else "data.sources"
+        bins_key = "validation_micro_batches" if validation else "micro_batches_per_step"
+        configured = config.data.validation if validation else config.data.sources
+        self.bins_per_step = getattr(config.training, bins_key)
         if self.bins_per_step < 1 or self.bins_per_step % dp_size:
-            raise DataError(
-                f"training.micro_batches_per_step is {self.bins_per_step}; make it a multiple of {dp_size} data-parallel ranks"
-            )
+            raise DataError(f"training.{bins_key} is {self.bins_per_step}; make it a multiple of {dp_size} data-parallel ranks")
         self.tokenizer, self.index, self.dp_rank, self.dp_size = tokenizer, index, dp_rank, dp_size
         self.template, self.adaptor, self.pin = config.tokenizer.template, config.adaptor, pin_memory
         self.window_size, self.seed = max(1, config.data.packing_window), config.run.seed
         self.padding = _padding(config)
         self.budget = config.data.tokens_per_micro_batch // self.padding.row_multiple * self.padding.row_multiple
         self.break_even = _break_even(config.megatron.transformer)
-        configured = config.data.sources
         has_tokens = None if index is None else self._has_tokens
         self.sources = TrainingSources(configured, config.data.index, has_tokens, config.data.quarantine_limit)
         self.mixture = Mixture([Source(s.name, s.weight, self.sources.size(i)) for i, s in enumerate(configured)], self.seed)
@@ -152,8 +155,8 @@ class MixtureLoader:
                 self.mixture.credit(source, sample.trained_tokens)
                 return _Drawn(source, index, self._window, sample)
         raise DataError(
-            f"data.sources: no sample of {self.source_names[source]!r} has a trained token and at most {self.budget} tokens; "
-            "raise data.tokens_per_micro_batch or remove the source"
+            f"{self.sources_key}: no sample of {self.source_names[source]!r} has a trained token and at most {self.budget} "
+            "tokens; raise data.tokens_per_micro_batch or remove the source"
         )
 
     def _render(self, source: int, index: int) -> TokenizedSample:

@@ -21,6 +21,8 @@ from step_megatron.config.schema import Config
 from step_megatron.runtime.progress import rank
 
 FILE_NAME = "metrics.jsonl"
+# The id of the run at Weights & Biases, so that a resumed run goes on there as well.
+_WANDB_ID = "wandb_id"
 
 
 class MetricsWriter:
@@ -43,7 +45,7 @@ class MetricsWriter:
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if config.run.wandb_project:
-            self._wandb = _start_wandb(folder, config)
+            self._wandb = _start_wandb(folder, config, resume_step)
         path = folder / FILE_NAME
         _keep_until(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
@@ -129,7 +131,8 @@ def _keep_until(path: Path, step: int) -> None:
     os.replace(partial, path)
 
 
-def _start_wandb(folder: Path, config: Config) -> Any:
+def _start_wandb(folder: Path, config: Config, resume_step: int) -> Any:
+    """Start a run, or go on with the one of the checkpoint; from step 0 it is a new one, as `metrics.jsonl` is."""
     try:
         import wandb
     except ImportError:
@@ -137,4 +140,11 @@ def _start_wandb(folder: Path, config: Config) -> Any:
             "run.wandb_project is set, but wandb is not installed; "
             "run: pip install 'step-megatron[wandb]', or leave the setting empty"
         ) from None
-    return wandb.init(project=config.run.wandb_project, name=folder.name, dir=str(folder), config=dataclasses.asdict(config))
+    path = folder / _WANDB_ID
+    known = path.read_text(encoding="utf-8").strip() if resume_step and path.exists() else None
+    settings = dataclasses.asdict(config)
+    run = wandb.init(
+        project=config.run.wandb_project, name=folder.name, dir=str(folder), config=settings, id=known, resume="allow"
+    )
+    path.write_text(run.id + "\n", encoding="utf-8")
+    return run

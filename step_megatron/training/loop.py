@@ -36,6 +36,7 @@ class Trainer:
         save: writes a checkpoint of the current step.
         report: takes the step and the values of one line of metrics.
         advance: called once a step, for the progress display.
+        close: ends what `report` writes to.
     """
 
     config: Config
@@ -51,6 +52,7 @@ class Trainer:
     report: Callable[[int, dict[str, float]], None]
     advance: Callable[[int, dict[str, float]], None]
     interruption: Interruption
+    close: Callable[[], None] = lambda: None
     step: int = 0
     last: dict[str, float] = field(default_factory=dict)
 

@@ -16,6 +16,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,7 @@ def midtrain(config: Config) -> dict[str, Any]:
     runtime = initialize(config)
     try:
         group = dist.group.WORLD if runtime.backend == "gloo" else dist.new_group(backend="gloo", timeout=runtime.timeout)
-        with Interruption(group) as interruption:
-            trainer = build_trainer(config, runtime, interruption)
+        with Interruption(group) as interruption, closing(build_trainer(config, runtime, interruption)) as trainer:
             run(trainer)
         return {
             "run_dir": config.run.dir,
@@ -133,6 +133,7 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
         report=metrics.write,
         advance=lambda step, values: None,
         interruption=interruption,
+        close=metrics.close,
         step=step,
     )
 
@@ -239,12 +240,10 @@ def _loaders(
     place = (runtime.dp_rank, runtime.dp_size, runtime.device.type == "cuda")
     if not config.data.validation:
         return MixtureLoader(config, tokenizer, index, *place), None
-    held_out = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, sources=config.data.validation),
-        training=dataclasses.replace(config.training, micro_batches_per_step=config.training.validation_micro_batches),
+    return (
+        MixtureLoader(config, tokenizer, index, *place),
+        MixtureLoader(config, tokenizer, index, *place, validation=True),
     )
-    return MixtureLoader(config, tokenizer, index, *place), MixtureLoader(held_out, tokenizer, index, *place)
 
 
 def _validation_batches(

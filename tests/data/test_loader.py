@@ -18,8 +18,8 @@ from step_megatron.data.template import render
 def make(config, compact, data_set):
     """A loader of the data set; `make(dp_rank, dp_size)`, or with another config or index."""
 
-    def make(dp_rank=0, dp_size=1, config=config, index=data_set.index):
-        return MixtureLoader(config, compact, index, dp_rank, dp_size)
+    def make(dp_rank=0, dp_size=1, config=config, index=data_set.index, **how):
+        return MixtureLoader(config, compact, index, dp_rank, dp_size, **how)
 
     return make
 
@@ -226,6 +226,9 @@ def test_addresses_of_another_folder_become_absolute(make, config, data_set, tmp
 def test_bad_setups_are_refused(make, config, data_set):
     with pytest.raises(DataError, match="micro_batches_per_step is 4; make it a multiple of 3 data-parallel ranks"):
         make(0, 3)
+    config.data.validation, config.training.validation_micro_batches = config.data.sources, 2
+    with pytest.raises(DataError, match="training.validation_micro_batches is 2; make it a multiple of 3"):
+        make(0, 3, validation=True)
     with pytest.raises(DataError, match="'clip-0' has audio, but there is no audio index"):
         make(index=None)
     config.data.sources[0].path += ".missing"

@@ -91,25 +91,42 @@ def test_wandb_missing_is_said_with_the_remedy_before_anything_is_written(tmp_pa
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_wandb_gets_the_known_numbers_and_the_config(tmp_path, monkeypatch):
-    logged, started = [], {}
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for wandb: what runs it was asked for, and what they logged."""
+    seen = types.SimpleNamespace(started=[], logged=[])
 
     class Run:
+        def __init__(self, id):
+            self.id = id
+
         def log(self, values, step):
-            logged.append((step, values))
+            seen.logged.append((step, values))
 
         def finish(self):
-            logged.append("finished")
+            seen.logged.append("finished")
 
     def init(**settings):
-        started.update(settings)
-        return Run()
+        seen.started.append(settings)
+        return Run(settings["id"] or f"made-{len(seen.started)}")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    return seen
+
+
+def test_wandb_gets_the_known_numbers_and_the_config(tmp_path, wandb):
     with MetricsWriter(tmp_path, quiet(wandb_project="speech")) as writer:
         writer.write(5, {"loss": 1.5, "mfu": None})
-    assert logged == [(5, {"loss": 1.5}), "finished"]
+    assert wandb.logged == [(5, {"loss": 1.5}), "finished"]
+    (started,) = wandb.started
     assert started["project"] == "speech" and started["config"]["run"]["seed"] == Config().run.seed
+
+
+def test_a_resumed_run_goes_on_at_wandb_and_a_new_one_does_not(tmp_path, wandb):
+    for resume_step in (0, 10, 20, 0, 10):
+        MetricsWriter(tmp_path, quiet(wandb_project="speech"), resume_step).close()
+    assert [started["id"] for started in wandb.started] == [None, "made-1", "made-1", None, "made-4"]
+    assert all(started["resume"] == "allow" for started in wandb.started)
 
 
 def test_peak_memory_of_a_cpu_counts_what_was_touched():
