@@ -66,6 +66,7 @@ def run(tmp_path):
             Prediction(f"l{i}", "language", "classification", "Which <b>language</b>?", "fr", "r", (f"{i}.flac",),
                        "long & short</think>fr" if i % 4 else "x</think>it", (f"{(i + 1) % 20}.flac",), "</think>it", "fr")
         )  # fmt: skip
+    (data / "SUMMARY.json").write_text("{}")
     soundfile.write(data / "long.wav", np.full(16000 * 9, 0.1), 16000)
     predictions.append(Prediction("long", "transcription", "transcription", "?", "a b", None, ("long.wav",), "</think>a"))
     predictions.append(Prediction("gone", "transcription", "transcription", "?", "a b", None, ("gone.wav",), "</think>a"))
@@ -103,11 +104,20 @@ def test_report_holds_results_and_escapes_what_others_wrote(run):
         "61.0 s",
         "1:10",
         "one speaker a language",
+        "No transcript occurs in two splits",
         "long & short",
         "39 training steps",
     ):
         assert expected in page.text, expected
     assert page.tags.count("audio") == 12
+
+
+def test_confounds_of_the_open_recordings_are_said_of_them_only(run):
+    folder, data, _ = run
+    (data / "SUMMARY.json").unlink()
+    write_report(folder, data, folder / "report.html")
+    text = Page((folder / "report.html").read_text()).text
+    assert "Asterisk" not in text and "No transcript occurs" not in text and "Wilson" in text
 
 
 def test_ablation_is_shown_beside(run, tmp_path):
