@@ -4,7 +4,8 @@
     shard.tar::a/clip.wav    a member of an uncompressed tar (WebDataset shards, NeMo tarred audio)
     shard.bin@1024+500       500 bytes from offset 1024 of any file
 
-A tar member is found through the tar's index (`tar_index.py`), so reading one never scans the archive.
+A tar member is found through the tar's index (`tar_index.py`), so reading one never scans the archive; for a clip of the audio
+index not even that is needed (`AudioIndex.resolve`).
 """
 
 import os
@@ -26,7 +27,7 @@ class AudioAddress:
     Attributes:
         path: the file, or the tar archive.
         member: name inside the archive; None for a plain file or a byte range.
-        offset, size: the byte range; None for a plain file or a tar member.
+        offset, size: the byte range; None for a plain file, and for a tar member that is yet to be looked up.
     """
 
     path: str
@@ -68,7 +69,7 @@ class AudioAddress:
         Raises:
             AudioError: as `read`, for a tar whose index cannot be made or that lacks the member.
         """
-        if self.member is None:
+        if self.member is None or self.offset is not None:
             return self.offset or 0, self.size
         from step_megatron.audio.tar_index import open_tar_index
 

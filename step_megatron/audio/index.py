@@ -146,7 +146,7 @@ class AudioIndex:
         longest = max(self, key=lambda clip: clip.duration, default=None)
         if longest is not None and longest.duration > max_seconds:
             raise ValueError(
-                f"audio.max_clip_seconds is {max_seconds:g}, and the audio index has {longest.address} of {longest.duration:.1f} s; "
+                f"audio.max_clip_seconds is {max_seconds:g}, and the index has {longest.address} of {longest.duration:.1f} s; "
                 f"raise it, or run `step-megatron data validate --max-seconds {max_seconds:g}`"
             )
 

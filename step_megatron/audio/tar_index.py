@@ -70,7 +70,8 @@ def open_tar_index(path: str) -> TarIndex:
     return _open(path, size, mtime_ns)
 
 
-@functools.lru_cache(maxsize=256)
+# Held in memory are few: an index of 100,000 members takes some 20 MB, and training reads without (`AudioIndex.resolve`).
+@functools.lru_cache(maxsize=32)
 def _open(path: str, size: int, mtime_ns: int) -> TarIndex:
     sidecar = path + ".index"
     stamp = {"version": _VERSION, "tar_size": size, "tar_mtime_ns": mtime_ns}

@@ -11,6 +11,7 @@ import soundfile
 from audio.audio_files import encoded, voice, write_voice
 
 from step_megatron.audio import index as index_module
+from step_megatron.audio import tar_index
 from step_megatron.audio.address import AudioAddress
 from step_megatron.audio.errors import QuarantineLimitExceeded
 from step_megatron.audio.index import AudioIndex, validate
@@ -133,8 +134,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         validate(names, tmp_path, tmp_path, threads=1)
     monkeypatch.setattr(index_module, "_judge", original)
-    with open(tmp_path / "index.jsonl", "a") as file:
-        file.write('{"address": "half a li')
+    # The middle of a character, such as a disk that is full leaves.
+    with open(tmp_path / "index.jsonl", "ab") as file:
+        file.write('{"address": "half a lé'.encode()[:-1])
+    with pytest.raises(ValueError, match=r"index.jsonl, line 66: not JSON .*; run `step-megatron data validate` again"):
+        AudioIndex.load(tmp_path)
     report = validate(names, tmp_path, tmp_path, threads=1)
     assert report.read == 70 - 65 and report.valid == 70
     assert [clip.address for clip in AudioIndex.load(tmp_path)] == names
@@ -181,11 +185,56 @@ def test_shards_stand_for_all_their_clips(tmp_path):
     assert [clip.address for clip in AudioIndex.load(tmp_path)] == ["s-0.tar::0a.wav", "s-1.tar::1a.wav"]
 
 
+def test_a_tar_member_whose_name_is_not_utf8_is_quarantined(tmp_path):
+    import tarfile
+
+    write_voice(tmp_path / "a.wav", 0.5)
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as archive:
+        archive.add(tmp_path / "a.wav", "bad-é.wav")
+        archive.add(tmp_path / "a.wav", "good.wav")
+    for _ in range(2):
+        report = validate(["s.tar"], tmp_path, tmp_path, quarantine_limit=0.5, threads=1)
+        assert (report.total, report.valid, report.kinds) == (2, 1, {"unreadable": 1})
+        entries = quarantine(tmp_path)
+        assert list(entries) == ["s.tar::bad-\\xe9.wav"] and "not UTF-8" in entries["s.tar::bad-\\xe9.wav"]["reason"]
+    assert [clip.address for clip in AudioIndex.load(tmp_path)] == ["s.tar::good.wav"]
+
+
+def test_a_tar_member_of_the_index_is_read_without_the_tars_own_index(tmp_path, monkeypatch):
+    import tarfile
+
+    write_voice(tmp_path / "a.wav", 0.5)
+    for name in ("x.wav", "y.wav"):
+        with tarfile.open(tmp_path / "s.tar", "a") as archive:
+            archive.add(tmp_path / "a.wav", name)
+    validate(["s.tar"], tmp_path, tmp_path, threads=1)
+    index = AudioIndex.load(tmp_path)
+    place = index.resolve("s.tar::y.wav")
+    assert (place.name, str(place)) == ("y.wav", f"{tmp_path}/s.tar::y.wav")
+    with monkeypatch.context() as without:
+        without.setattr(tar_index, "open_tar_index", lambda path: pytest.fail("opened"))
+        assert place.read() == (tmp_path / "a.wav").read_bytes()
+    # In another tar of that name the member lies elsewhere.
+    write_voice(tmp_path / "b.wav", 0.7)
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        archive.add(tmp_path / "b.wav", "y.wav")
+    assert index.resolve("s.tar::y.wav").read() == (tmp_path / "b.wav").read_bytes()
+
+
+def test_an_index_of_clips_that_a_run_would_refuse_names_the_longest(tmp_path):
+    validate([write_voice(tmp_path / f"{i}.wav", 1.0 + i).name for i in range(3)], tmp_path, tmp_path, threads=1)
+    index = AudioIndex.load(tmp_path)
+    index.check_durations(3.0)
+    with pytest.raises(ValueError, match=r"audio.max_clip_seconds is 2.5, and the index has 2.wav of 3.0 s; raise it"):
+        index.check_durations(2.5)
+    AudioIndex(tmp_path, [], {}).check_durations(1.0)
+
+
 def test_a_damaged_index_names_file_and_line(tmp_path):
     write_voice(tmp_path / "a.wav", 0.5)
     validate(["a.wav"], tmp_path, tmp_path, threads=1)
     (tmp_path / "index.jsonl").write_text("{}x\n" + (tmp_path / "index.jsonl").read_text())
-    with pytest.raises(ValueError, match=r"index.jsonl, line 1"):
+    with pytest.raises(ValueError, match=r"index.jsonl, line 1: .* delete the file"):
         AudioIndex.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="data validate"):
         AudioIndex.load(tmp_path / "elsewhere")
