@@ -1,8 +1,9 @@
 """Facts measured on the samples: duration, pitch (median and contour), voicing, beats a second.
 
-The reasoning traces are made of these and of nothing else, so that a trace never tells what the recording does not show. A
-measured contour often, but not always, agrees with a Mandarin tone's label; the trace states the measurement also where it
-disagrees.
+The reasoning traces (`conversations.trace`) are made of these: every one states the duration; speaking rate the beats; tone the
+pitch level and contour; sound the pitch level and voicing; gender and language the pitch level. Transcription's alone has a
+label beside the duration: the language, which is known and not asked about there. A measured contour often, but not always,
+agrees with a Mandarin tone's label; the trace states the measurement also where it disagrees.
 
 F0 is the autocorrelation method of P. Boersma, "Accurate short-term analysis of the fundamental frequency ...", IFA Proceedings
 17, 1993: the windowed frame's autocorrelation divided by the window's own, peaks refined by a parabola, with a small cost per
