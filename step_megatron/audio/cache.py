@@ -10,14 +10,16 @@ A folder for each encoder fingerprint holds shards that are only ever appended t
 
 A record counts when it is whole and its checksum fits: a process killed in the middle leaves a torn tail that the next reader
 stops at. The index is made in memory from the record headers; payloads are read through mmap, and checked. No
-file is ever changed in place, so readers need no lock. When the folder grows above its limit, the oldest shards that no process
-writes leave.
+file is ever changed in place, so readers need no lock. When DIR, all fingerprints together, grows above its limit, the oldest
+shards that no process writes leave; those of the fingerprint in use only when no other is left.
 """
 
+import contextlib
 import fcntl
 import json
 import mmap
 import os
+import re
 import struct
 import time
 import uuid
@@ -27,12 +29,18 @@ from pathlib import Path
 
 import torch
 
+from step_megatron.runtime.progress import get_logger
+
 _MAGIC = 0x53544550
 _PREFIX = struct.Struct("<IIII")
 _ALIGNMENT = 16
 # A shard is closed at this size, or at this share of the whole, so that eviction has something to take.
 _SHARD_BYTES = 256 << 20
 _SHARDS_AT_LEAST = 8
+# Whatever else lies in the folder that a user has named is not the cache's to remove.
+_SHARD_NAME = re.compile(r"\d{20}-[0-9a-f]{8}\.data")
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,8 @@ class EncodedCache:
     Args:
         folder: where shards go; node-local and fast.
         fingerprint: of the encoder's weights and maths: other features never mix with these.
-        max_bytes: size that the fingerprint's folder may reach, and one shard (an eighth, at most 256 MiB) more for each writer.
+        max_bytes: size that `folder` may reach, all fingerprints together, and one shard (an eighth, at most 256 MiB) more for
+            each writer.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str, max_bytes: int):
@@ -80,6 +89,8 @@ class EncodedCache:
         self._scanned: dict[Path, int] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._shard = None
+        self._expected_frames = 0
+        self._writable = True
         self.refresh()
 
     def __len__(self) -> int:
@@ -87,6 +98,11 @@ class EncodedCache:
 
     def __contains__(self, sha256: str) -> bool:
         return sha256 in self._records
+
+    def expect(self, frames: int) -> None:
+        """Warn, once it is known how wide features are, when clips of `frames` 25 Hz frames do not fit under the limit."""
+        self._expected_frames = frames
+        self._compare(next((record.header["width"] for record in self._records.values() if record.header["width"]), 0))
 
     def refresh(self) -> None:
         """Take in what other processes have appended, and forget shards that have left."""
@@ -116,10 +132,12 @@ class EncodedCache:
     def put(self, sha256: str, clip: EncodedClip) -> None:
         """Append a clip; one that is there already is left alone.
 
+        Where the disk refuses (full, gone read-only), one warning says so and this process stores nothing more.
+
         Raises:
             ValueError: for features that are not bfloat16 or do not fit `chunk_frames`.
         """
-        if sha256 in self._records:
+        if sha256 in self._records or not self._writable:
             return
         features = clip.features.detach().cpu().contiguous()
         if features.dtype != torch.bfloat16 or features.shape[0] != sum(clip.chunk_frames):
@@ -131,16 +149,47 @@ class EncodedCache:
         header = text + b" " * (-len(text) % _ALIGNMENT)
         payload = features.view(torch.uint8).numpy().tobytes()
         prefix = _PREFIX.pack(_MAGIC, len(header), len(payload), zlib.crc32(payload, zlib.crc32(header)))
-        shard = self._writable_shard()
-        shard.write(prefix + header + payload + bytes(-len(payload) % _ALIGNMENT))
-        shard.flush()
-        self._scan(Path(shard.name))
+        self._compare(features.shape[1])
+        try:
+            shard = self._writable_shard()
+            shard.write(prefix + header + payload + bytes(-len(payload) % _ALIGNMENT))
+            shard.flush()
+        except OSError as error:
+            self._give_up(error)
+        else:
+            self._scan(Path(shard.name))
 
     def close(self) -> None:
         """Close the shard being written; later `put`s open another."""
         if self._shard is not None:
             self._shard.close()
             self._shard = None
+
+    def _compare(self, width: int) -> None:
+        """Hold what is expected against the limit, once."""
+        needed = 2 * width * self._expected_frames
+        if needed > self.max_bytes:
+            logger.warning(
+                "the run's clips take about %.3g GiB encoded, audio.cache_max_gib allows %.3g: they push each other out and are "
+                "encoded again and again; raise it, or set audio.cache=off",
+                needed / 2**30,
+                self.max_bytes / 2**30,
+            )
+        if width:
+            self._expected_frames = 0
+
+    def _give_up(self, error: OSError) -> None:
+        logger.warning(
+            "the encoded-audio cache %s cannot be written (%s); the run goes on and encodes what it lacks anew each time. Free "
+            "space, lower audio.cache_max_gib or name another audio.cache_dir",
+            self.folder,
+            error.strerror or error,
+        )
+        self._writable = False
+        # What is buffered cannot be written now either.
+        with contextlib.suppress(OSError):
+            self.close()
+        self._shard = None
 
     def _writable_shard(self):
         if self._shard is not None and self._shard.tell() >= self._shard_bytes:
@@ -154,9 +203,10 @@ class EncodedCache:
         return self._shard
 
     def _evict(self) -> None:
-        """Remove the oldest shards until one more fits under the limit."""
+        """Remove the oldest shards, this fingerprint's last, until one more fits under the limit."""
         sizes = {}
-        for shard in sorted(self.folder.glob("*.data")):
+        shards = [shard for shard in self.folder.parent.glob("*/*.data") if _SHARD_NAME.fullmatch(shard.name)]
+        for shard in sorted(shards, key=lambda shard: (shard.parent == self.folder, shard.name)):
             try:
                 sizes[shard] = shard.stat().st_size
             except FileNotFoundError:

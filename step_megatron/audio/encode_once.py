@@ -113,6 +113,8 @@ class EncodedAudio:
         if self.cache is None:
             return 0
         clips = {self.index[address].sha256: address for address in addresses}
+        used = [self.index[address].num_samples for address in clips.values()]
+        self.cache.expect(sum(chunk_frames(samples).encoder for length in used for samples in chunk_lengths(length)))
         todo = self._agreed_missing(sorted(clips))
         lengths = [self.index[clips[sha256]].num_samples for sha256 in todo]
         mine = assign_longest_first(lengths, self.runtime.local_world_size)[self.runtime.local_rank]
@@ -342,6 +344,7 @@ def open_encoded_audio(config: Config, encoder: Encoder, index: AudioIndex, runt
     Args:
         passes: how often the run will see its data; `audio.cache: auto` keeps features on disk for more than one.
     """
+    index.check_durations(config.audio.max_clip_seconds)
     front_end = LogMelFrontEnd(config.encoder.mels, runtime.device, runtime.threads, config.audio.max_clip_seconds)
     cache = None
     if config.audio.cache == "on" or (config.audio.cache == "auto" and passes > 1):

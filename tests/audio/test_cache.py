@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 
@@ -141,6 +142,64 @@ def test_the_oldest_shards_leave_when_the_limit_is_reached(tmp_path):
         assert kept == list(range(60 - len(kept), 60)) and len(kept) >= 10
         for number in kept:
             assert_same(each.get(key(number)), clip(number, (40,), 256))
+
+
+def test_the_limit_is_for_all_encoders_and_takes_the_unused_first(tmp_path):
+    record = 16 + 144 + 2 * 40 * 256
+    limit = 16 * record
+    foreign = tmp_path / "a user's" / "notes.data"
+    foreign.parent.mkdir()
+    foreign.write_bytes(bytes(limit))
+    mine, unused = EncodedCache(tmp_path, "mine", limit), EncodedCache(tmp_path, "unused", limit)
+    for number in range(3):
+        mine.put(key(number), clip(number, (40,), 256))
+    mine.close()
+    for number in range(10):
+        unused.put(key(number), clip(number, (40,), 256))
+    unused.close()
+    for number in range(3, 10):
+        mine.put(key(number), clip(number, (40,), 256))
+        assert sum(shard.stat().st_size for shard in tmp_path.glob("*/*-*.data")) <= limit + limit // 8 + record
+    mine, unused = EncodedCache(tmp_path, "mine", limit), EncodedCache(tmp_path, "unused", limit)
+    assert len(mine) == 10, "younger shards of another encoder leave before older ones of this"
+    assert 0 < len(unused) < 10 and key(9) in unused and key(0) not in unused
+    assert foreign.stat().st_size == limit
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_clips_that_do_not_fit_are_announced_with_both_sizes(tmp_path, caplog, warm):
+    cache = EncodedCache(tmp_path, "encoder", 1 << 20)
+    cache.put(key(0), EncodedClip(torch.zeros(0, 0).bfloat16(), (), "corrupt: bad"))
+    if warm:
+        cache.put(key(1), clip(1, (2,), 1024))
+    cache.expect(512)
+    cache.put(key(2), clip(2, (2,), 1024))
+    assert not caplog.records, "1 MiB fits"
+    cache.expect(2048)
+    cache.put(key(3), clip(3, (2,), 1024))
+    (record,) = caplog.records
+    assert "take about 0.00391 GiB encoded, audio.cache_max_gib allows 0.000977" in record.getMessage()
+
+
+def test_a_disk_that_refuses_costs_the_cache_and_not_the_run(tmp_path, caplog):
+    cache = EncodedCache(tmp_path, "encoder", LIMIT)
+    cache.put(key(0), clip(0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        cache.put(key(1), clip(1, (40,), 256))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    cache.put(key(2), clip(2))
+    cache.close()
+    (record,) = caplog.records
+    assert "cannot be written (File too large)" in record.getMessage() and "audio.cache_dir" in record.getMessage()
+    assert_same(cache.get(key(0)), clip(0))
+    assert cache.get(key(1)) is None and cache.get(key(2)) is None
+    reopened = EncodedCache(tmp_path, "encoder", LIMIT)
+    assert len(reopened) == 1
+    reopened.put(key(1), clip(1))
+    assert_same(reopened.get(key(1)), clip(1))
 
 
 def test_a_shard_that_is_being_written_never_leaves(tmp_path):
