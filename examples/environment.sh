@@ -22,6 +22,34 @@ step_python() {
     return 1
 }
 
+# A virtual environment with a working pip at $STEP_VENV; one whose making was interrupted or failed is repaired.
+step_virtual_environment() {
+    local python
+    if "$STEP_VENV/bin/python" -m pip --version > /dev/null 2>&1; then
+        return
+    fi
+    python="$(step_python)" || return
+    if ! "$python" -c 'import ensurepip, venv' 2> /dev/null; then
+        echo "error: $python cannot make virtual environments; install the package python3.11-venv (Debian, Ubuntu:" \
+            "apt-get install python3.11-venv), or name an environment that has pip in STEP_VENV, and run again" >&2
+        return 1
+    fi
+    # Only what `venv` made may be cleared: STEP_VENV may name a folder of something else by mistake.
+    if [ -n "$(ls -A "$STEP_VENV" 2> /dev/null)" ] && [ ! -e "$STEP_VENV/pyvenv.cfg" ]; then
+        echo "error: $STEP_VENV is not a virtual environment; name another folder in STEP_VENV, or move its content away" >&2
+        return 1
+    fi
+    # pip alone may be missing, as in environments that uv makes: then the packages that are there are kept.
+    if "$STEP_VENV/bin/python" -m ensurepip > /dev/null 2>&1 && "$STEP_VENV/bin/python" -m pip --version > /dev/null 2>&1; then
+        return
+    fi
+    if ! "$python" -m venv --clear "$STEP_VENV"; then
+        echo "error: could not make $STEP_VENV with $python; on Debian and Ubuntu install the package python3.11-venv, and see" \
+            "that the disk has room; then run again" >&2
+        return 1
+    fi
+}
+
 step_environment() {
     local extras stamp wanted
     extras="$(IFS=,; echo "$*")"
@@ -31,7 +59,7 @@ step_environment() {
         return
     fi
     echo "environment: installing into $STEP_VENV (a few minutes the first time)"
-    [ -x "$STEP_VENV/bin/python" ] || "$(step_python)" -m venv "$STEP_VENV"
+    step_virtual_environment || return
     # torch by itself first, and exactly: a range could bring another build.
     echo "environment: $STEP_TORCH"
     "$STEP_VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$STEP_TORCH" "setuptools>=69,<83" wheel pybind11 ninja
