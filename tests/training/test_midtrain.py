@@ -8,7 +8,8 @@ from training.toy_run import encode_clips, train, write_data
 
 from step_megatron.checkpoint.distributed import checkpoint_root, latest_checkpoint
 from step_megatron.config import load_config
-from step_megatron.runtime.metrics import read_metrics
+from step_megatron.runtime.metrics import MetricsWriter, read_metrics
+from step_megatron.training import midtrain
 
 # What depends on the clock or the machine, not on the training.
 CLOCK = ("time", "per_second", "step_seconds", "memory")
@@ -84,6 +85,19 @@ def test_a_finished_run_is_left_alone(worker_pool, data, uninterrupted):
     before = (run_dir / "metrics.jsonl").read_bytes()
     again = worker_pool(1).run(train, {"data": data, "run_dir": str(run_dir)})[0]
     assert again["steps"] == 6 and (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_metrics_are_closed_whatever_ends_the_run(data, uninterrupted, tmp_path, monkeypatch):
+    def failing(trainer):
+        raise OSError("no space left")
+
+    closed = []
+    monkeypatch.setattr(MetricsWriter, "close", lambda writer: closed.append(writer))
+    monkeypatch.setattr(midtrain, "train", failing)
+    with pytest.raises(OSError, match="no space left"):
+        train(0, 1, data=data, run_dir=str(tmp_path))
+    train(0, 1, data=data, run_dir=str(uninterrupted[0]))
+    assert len(closed) == 2
 
 
 @pytest.mark.parametrize(
