@@ -104,6 +104,7 @@ def _add_data(commands) -> None:
     parser.add_argument("paths", nargs="+", type=Path, metavar="CONVERSATIONS.jsonl")
     parser.add_argument("--out", type=Path, help="folder of index.jsonl and quarantine.jsonl (default: beside the first file)")
     parser.add_argument("--limit", type=float, default=0.01, help="share of bad clips above which this fails")
+    parser.add_argument("--max-seconds", type=float, default=600.0, help="longest clip (a run's audio.max_clip_seconds)")
     parser = _command(data, "show-batch", _data_show_batch, "an HTML page of one packed batch")
     _with_config(parser)
     parser.add_argument("--out", type=Path, default=Path("batch.html"))
@@ -184,7 +185,7 @@ def _data_validate(options) -> None:
     from step_megatron.data.prepare import validate_conversations
 
     out = options.out or options.paths[0].parent
-    report = validate_conversations(options.paths, out, options.limit)
+    report = validate_conversations(options.paths, out, options.limit, options.max_seconds)
     print(f"{out / 'index.jsonl'}: {report.valid} clips, {report.seconds:.0f} s; {report.quarantined} quarantined {report.kinds}")
 
 

@@ -3,7 +3,9 @@
 import json
 import sys
 
+import numpy as np
 import pytest
+import soundfile
 
 from step_megatron import cli
 from step_megatron.audio.errors import AudioError, NotIndexed, QuarantineLimitExceeded
@@ -65,6 +67,15 @@ def test_too_many_bad_clips_are_no_traceback(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("STEP_TRACEBACK", "1")
     with pytest.raises(QuarantineLimitExceeded):
         cli.main(["data", "validate", str(tmp_path / "all.jsonl")])
+
+
+def test_validate_takes_the_longest_clip(capsys, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.sin(np.arange(24000) / 10), 16000)
+    line = {"id": "a", "source": "s", "turns": [{"role": "human", "content": [{"type": "audio", "audio": "a.wav"}]}]}
+    (tmp_path / "all.jsonl").write_text(json.dumps(line) + "\n")
+    status, _, err = run(capsys, "data", "validate", str(tmp_path / "all.jsonl"), "--max-seconds", "1")
+    assert status == 2 and "too-long: 1.5 s; the limit is 1 s" in err
+    assert run(capsys, "data", "validate", str(tmp_path / "all.jsonl"), "--max-seconds", "2")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ class AudioConfig:
     cache: Literal["auto", "on", "off"] = "auto"
     cache_dir: str = ""
     cache_max_gib: float = 50.0
+    # No clip of the index may be longer; `data validate --max-seconds` quarantines those that are.
     max_clip_seconds: float = 600.0
     # Rows of every matrix product in the encoder: one canonical shape, so that a clip's bits do not depend on its companions.
     encoder_block: int = 1024

@@ -55,7 +55,9 @@ def prepare(
     return summary
 
 
-def validate_conversations(paths: Iterable[Path], out_dir: Path, quarantine_limit: float = 0.01) -> ValidationReport:
+def validate_conversations(
+    paths: Iterable[Path], out_dir: Path, quarantine_limit: float = 0.01, max_seconds: float = 600.0
+) -> ValidationReport:
     """Index every clip that conversation files name; see `audio.index.validate`.
 
     Args:
@@ -68,4 +70,4 @@ def validate_conversations(paths: Iterable[Path], out_dir: Path, quarantine_limi
             continue
         for conversation in read_conversations(path):
             addresses.update(dict.fromkeys(str(path.parent / address) for address in conversation.audio_addresses()))
-    return validate(addresses, out_dir, quarantine_limit=quarantine_limit)
+    return validate(addresses, out_dir, quarantine_limit=quarantine_limit, max_seconds=max_seconds)

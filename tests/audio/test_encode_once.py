@@ -193,6 +193,14 @@ def test_the_real_encoder_gives_the_same_bits_in_any_company(corpus, tmp_path, r
     assert len({clip.features.float().mean().item() for clip in one_by_one.values()}) == len(names)
 
 
+def test_a_run_refuses_an_index_of_longer_clips_than_it_decodes(corpus, tmp_path, runtime):
+    """Before any clip is encoded: `data validate` may have been given another limit."""
+    folder, _ = corpus
+    config = Config(run=RunConfig(dir=str(tmp_path / "run")), audio=AudioConfig(max_clip_seconds=0.2))
+    with pytest.raises(ValueError, match=r"audio.max_clip_seconds is 0.2, and the index has .*wav of"):
+        open_encoded_audio(config, None, AudioIndex.load(folder), runtime, passes=1)
+
+
 def test_too_many_failures_stop_the_run(tmp_path, runtime):
     from audio.audio_files import CountingEncoder
 
