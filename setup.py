@@ -1,6 +1,154 @@
-"""Packages: `step_megatron` (the trainer) and `step_kernels` (ops usable without Megatron, in `kernels/`)."""
+"""Packages: `step_megatron` (the trainer) and `step_kernels` (ops usable without Megatron, in `kernels/`), with its native code.
 
-from setuptools import find_packages, setup
+`csrc/cpu` is compiled once per instruction set, `csrc/cuda` where nvcc is found (no GPU and no CUDA build of torch are needed),
+and `csrc/bindings` joins both against torch's stable ABI. `csrc/host` is a pybind11 module. torch has to be installed before:
+
+    pip install torch && pip install --no-build-isolation -e .
+
+STEP_CUDA=0 leaves CUDA out, STEP_CUDA=1 makes a missing nvcc an error; STEP_CUDA_ARCHS lists architectures (default "80;90a").
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+# The lowest release of torch whose stable ABI has all that the bindings use: 2.10 for the CPU; the handle of the current stream,
+# which CUDA kernels are launched on, came with 2.13.
+TORCH_TARGET = {
+    "cpu": "-DTORCH_TARGET_VERSION=((2ULL<<56)|(10ULL<<48))",
+    "cuda": "-DTORCH_TARGET_VERSION=((2ULL<<56)|(13ULL<<48))",
+}
+COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-fno-math-errno"]
+X86 = platform.machine() in ("x86_64", "AMD64")
+INSTRUCTION_SETS = (
+    {
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"],
+    }
+    if X86
+    else {"portable": []}
+)
+
+
+class BuildNative(build_ext):
+    """Compile and link `_native.so` and `_host`; objects that are newer than all sources and headers are kept."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # Not a Python module: torch loads it, so it carries no version of Python in its name.
+        return "/".join(fullname.split(".")) + ".so" if fullname.endswith("_native") else super().get_ext_filename(fullname)
+
+    def build_extension(self, extension: Extension) -> None:
+        if not extension.name.endswith("_native"):
+            super().build_extension(extension)
+            return
+        try:
+            from torch.utils.cpp_extension import include_paths, library_paths
+        except ImportError as error:
+            raise SystemExit(
+                "step-megatron's native ops are built against torch: install torch first, then "
+                "`pip install --no-build-isolation -e .`"
+            ) from error
+        self.objects = Path(self.build_temp).absolute() / "native"
+        self.objects.mkdir(parents=True, exist_ok=True)
+        nvcc = find_nvcc()
+        compiler = os.environ.get("CXX", "c++")
+        jobs = [
+            (path, f"{path.stem}.{isa}.o", [compiler, *COMMON, *flags, f"-DSTEP_ISA={isa}"])
+            for path in sorted((CSRC / "cpu").glob("*.cpp"))
+            for isa, flags in INSTRUCTION_SETS.items()
+        ]
+        includes = [f"-I{path}" for path in include_paths()]
+        target = [TORCH_TARGET["cuda"], "-DSTEP_WITH_CUDA", "-DUSE_CUDA"] if nvcc else [TORCH_TARGET["cpu"]]
+        bindings = [compiler, *COMMON, *target, *includes]
+        jobs += [(path, f"binding.{path.stem}.o", bindings) for path in sorted((CSRC / "bindings").glob("*.cpp"))]
+        if nvcc:
+            jobs += [(path, f"{path.stem}.cu.o", cuda_command(nvcc)) for path in sorted((CSRC / "cuda").glob("*.cu"))]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            built = list(pool.map(lambda job: self._compile(*job), jobs))
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        link = [compiler, "-shared", *map(str, built), *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu"]
+        link += [*cuda_runtime(nvcc), "-Wl,--no-undefined", "-o", str(target)]
+        run(link)
+
+    def _compile(self, source: Path, name: str, command: list[str]) -> Path:
+        target = self.objects / name
+        record = target.with_suffix(".command")
+        said = " ".join(command)
+        newest = max(path.stat().st_mtime for path in [source, *CSRC.rglob("*.h")])
+        if target.exists() and target.stat().st_mtime > newest and record.exists() and record.read_text() == said:
+            return target
+        run([*command, "-c", str(source), "-o", str(target)])
+        record.write_text(said)
+        return target
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler; its own words are the error."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"failed: {' '.join(command)}\n{done.stdout}{done.stderr}")
+    if done.stderr.strip():
+        print(done.stderr.strip(), file=sys.stderr)
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc, None where CUDA is left out."""
+    wanted = os.environ.get("STEP_CUDA", "auto")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if wanted == "1" and nvcc is None:
+        raise SystemExit("STEP_CUDA=1, but there is no nvcc on PATH or in CUDA_HOME/bin")
+    return None if wanted == "0" else nvcc
+
+
+def cuda_command(nvcc: str) -> list[str]:
+    """How a .cu file is compiled: machine code for each architecture, and nothing to be compiled at load time."""
+    archs = os.environ.get("STEP_CUDA_ARCHS", "80;90a").split(";")
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *codes]
+
+
+def cuda_runtime(nvcc: str | None) -> list[str]:
+    """The static CUDA runtime, so that the library loads where there is none."""
+    if nvcc is None:
+        return []
+    # nvcc on PATH may be a wrapper script: it says itself where its toolkit is.
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True)
+    found = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
+    home = Path(found[1].strip() if found else os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        library = home / folder / "libcudart_static.a"
+        if library.exists():
+            return [str(library), "-lrt", "-lpthread", "-ldl"]
+    raise SystemExit(f"{home} has no libcudart_static.a; install CUDA's runtime or set STEP_CUDA=0")
+
+
+def host_extension() -> list[Extension]:
+    """The pybind11 module of host algorithms."""
+    sources = sorted(str(path.relative_to(ROOT)) for path in (CSRC / "host").glob("*.cpp"))
+    if not sources:
+        return []
+    try:
+        import pybind11
+    except ImportError as error:
+        raise SystemExit("pybind11 is needed to build: pip install pybind11, then install again") from error
+    include = [pybind11.get_include(), sysconfig.get_path("include")]
+    return [
+        Extension("step_kernels._host", sources, include_dirs=include, extra_compile_args=["-std=c++17", "-O3"], language="c++")
+    ]
+
 
 setup(
     name="step-megatron",
@@ -11,6 +159,8 @@ setup(
     packages=find_packages(include=["step_megatron", "step_megatron.*"]) + ["step_kernels"],
     package_dir={"step_kernels": "kernels/step_kernels"},
     package_data={"step_megatron": ["config/presets/*.yaml", "data/fetch/sources.yaml"]},
+    ext_modules=[Extension("step_kernels._native", []), *host_extension()],
+    cmdclass={"build_ext": BuildNative},
     install_requires=[
         "torch>=2.13,<2.15",
         "megatron-core==0.16.1",

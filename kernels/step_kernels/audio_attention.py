@@ -12,8 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from step_kernels.registry import select_backend
+from step_kernels import registry
 from step_kernels.segments import check_packed, equal_runs
+
+OP = "audio_attention_varlen"
+registry.register(OP)
 
 
 def audio_attention_varlen_reference(
@@ -60,7 +63,7 @@ def audio_attention_varlen(
         raise ValueError(
             f"audio_attention_varlen: each segment needs 1..length valid frames, got {tuple(valid)} of {tuple(lengths)}"
         )
-    select_backend(query.device)
+    registry.backend(OP, query)
     runs = list(equal_runs(tuple(zip(lengths, valid, strict=True))))
     sizes = [segments * length for segments, length, _ in runs]
     outputs = [query[:0]]

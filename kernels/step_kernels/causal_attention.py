@@ -12,8 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from step_kernels.registry import select_backend
+from step_kernels import registry
 from step_kernels.segments import check_packed, equal_runs
+
+OP = "causal_attention_varlen"
+registry.register(OP)
 
 
 def causal_attention_varlen_reference(
@@ -59,7 +62,7 @@ def causal_attention_varlen(
     tokens, heads, dim = query.shape
     if heads % key.shape[1]:
         raise ValueError(f"causal_attention_varlen: {heads} query heads are not a multiple of {key.shape[1]} key-value heads")
-    select_backend(query.device)
+    registry.backend(OP, query)
     if heads != key.shape[1]:
         key, value = (_repeat_heads(part, heads // part.shape[1]) for part in (key, value))
     runs = list(equal_runs([(length, length) for length in lengths]))

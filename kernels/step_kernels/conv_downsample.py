@@ -11,7 +11,10 @@ Source: Step-Audio 2 adaptor (`conv`, then GELU); GELU is the exact one (erf).
 import torch
 from torch.nn.functional import conv1d, gelu, linear, pad
 
-from step_kernels.registry import select_backend
+from step_kernels import registry
+
+OP = "conv_downsample_gelu"
+registry.register(OP)
 
 
 def conv_downsample_gelu_reference(
@@ -44,7 +47,7 @@ def conv_downsample_gelu(
     Args:
         rows: number of output rows, `sum((length + 1) // 2)`, known to the packer, so that the host never waits for the device.
     """
-    select_backend(x.device)
+    registry.backend(OP, x)
     taps = downsample_taps(cu_seqlens, rows)
     columns = pad(x, (0, 0, 1, 0)).index_select(0, taps.flatten()).view(rows, 3 * x.shape[1])
     return gelu(linear(columns, weight.transpose(1, 2).reshape(weight.shape[0], -1), bias))

@@ -7,7 +7,10 @@ Differentiable in both: a placeholder's own embedding gets a zero gradient, the 
 
 import torch
 
-from step_kernels.registry import select_backend
+from step_kernels import registry
+
+OP = "merge_audio_embeddings"
+registry.register(OP)
 
 
 def merge_audio_embeddings_reference(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -39,5 +42,5 @@ def merge_audio_embeddings(tokens: torch.Tensor, audio: torch.Tensor, positions:
     if audio.shape[1:] != tokens.shape[1:] or audio.dtype != tokens.dtype:
         ours, theirs = (f"{list(x.shape[1:])} {x.dtype}" for x in (audio, tokens))
         raise ValueError(f"audio embeddings {ours} do not fit token embeddings {theirs}")
-    select_backend(tokens.device)
+    registry.backend(OP, tokens)
     return tokens.index_copy(0, positions, audio)

@@ -10,7 +10,10 @@ Source: Step-Audio 2 / Qwen2-Audio encoder (`avg_pooler`, then the final layer n
 
 import torch
 
-from step_kernels.registry import select_backend
+from step_kernels import native, registry
+
+OP = "pool_norm_downsample"
+registry.register(OP, cpp=(torch.float32,))
 
 
 def pool_norm_downsample_reference(
@@ -49,7 +52,31 @@ def pool_norm_downsample(
     """
     if hidden.requires_grad and torch.is_grad_enabled():
         raise ValueError("pool_norm_downsample is forward only: the encoder is frozen; use the reference to train it")
-    select_backend(hidden.device)
+    return _op(hidden, cu_seqlens, weight, bias, eps, rows)
+
+
+@torch.library.custom_op("step::pool_norm_downsample", mutates_args=())
+def _op(
+    hidden: torch.Tensor, cu_seqlens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, rows: int
+) -> torch.Tensor:
+    chosen = registry.backend(OP, hidden)
+    if chosen == "torch":
+        return _torch(hidden, cu_seqlens, weight, bias, eps, rows)
+    out = hidden.new_empty(rows, hidden.shape[1])
+    hidden, weight, bias = hidden.contiguous(), weight.contiguous(), bias.contiguous()
+    if chosen == "cpp":
+        native.ops().pool_norm_downsample(hidden, cu_seqlens, weight, bias, eps, out)
+    else:
+        native.ops().pool_norm_downsample_rows(hidden, _source_rows(cu_seqlens, rows).int(), weight, bias, eps, out)
+    return out
+
+
+@_op.register_fake
+def _(hidden, cu_seqlens, weight, bias, eps, rows):
+    return hidden.new_empty(rows, hidden.shape[1])
+
+
+def _torch(hidden, cu_seqlens, weight, bias, eps, rows):
     first = _source_rows(cu_seqlens, rows)
     pooled = hidden.index_select(0, first).add_(hidden.index_select(0, first + 1)).mul_(0.5)
     return torch.nn.functional.layer_norm(pooled, weight.shape, weight, bias, eps)

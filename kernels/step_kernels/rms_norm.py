@@ -12,6 +12,11 @@ Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv:1910.074
 import torch
 from torch.autograd.function import once_differentiable
 
+from step_kernels import registry
+
+OP = "rms_norm"
+registry.register(OP)
+
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Define the op in plain torch: `x` `[..., width]`, `weight` `[width]`; the result is shaped and typed as `x`."""
@@ -23,6 +28,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Half precision and GPUs take torch's own norm, which computes in float32.
     """
+    registry.backend(OP, x)
     if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
         return _RMSNorm.apply(x, weight, eps)
     return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)

@@ -1,0 +1,67 @@
+"""The backend of an op is the fastest that takes the tensor, or the one asked for by name; nothing falls back silently."""
+
+import pytest
+import torch
+from step_kernels import available_backends, native, registry
+
+FLOAT = torch.zeros(1)
+
+
+@pytest.fixture(autouse=True)
+def an_op(monkeypatch):
+    monkeypatch.setattr(registry, "_ops", {})
+    monkeypatch.delenv(registry.VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    registry.register("op", cuda=(torch.float32,), triton=(torch.float32,), cpp=(torch.float32,))
+    registry.register("plain")
+
+
+def test_the_first_backend_for_device_and_dtype_is_taken_and_counted():
+    before = registry.chosen["op", "cpp"]
+    assert registry.backend("op", FLOAT) == "cpp"
+    assert registry.chosen["op", "cpp"] == before + 1
+    assert registry.backend("op", FLOAT.double()) == "torch"
+    assert registry.backend("plain", FLOAT) == "torch"
+
+
+def test_a_broken_installation_is_an_error_not_a_slow_run(monkeypatch):
+    monkeypatch.setattr(native, "load_error", lambda: "no library")
+    with pytest.raises(RuntimeError, match="op: no library, or set STEP_KERNELS_BACKEND=torch"):
+        registry.backend("op", FLOAT)
+    monkeypatch.setenv(registry.VARIABLE, "torch")
+    assert registry.backend("op", FLOAT) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("forced", "tensor", "message"),
+    [
+        ("avx", FLOAT, "'avx' is not a backend; there are cuda, triton, cpp, torch"),
+        ("cuda", FLOAT, "op cannot use cuda: cuda kernels run on cuda tensors, not on cpu"),
+        ("triton", FLOAT, "op cannot use triton"),
+        ("cpp", FLOAT.double(), "op by cpp does not take torch.float64; add torch to the list"),
+    ],
+)
+def test_a_forced_backend_that_cannot_run_is_an_error(forced, tensor, message, monkeypatch):
+    monkeypatch.setenv(registry.VARIABLE, forced)
+    with pytest.raises(RuntimeError, match=message):
+        registry.backend("op", tensor)
+
+
+def test_a_list_is_taken_in_order_and_must_hold_a_backend_of_the_op(monkeypatch):
+    monkeypatch.setenv(registry.VARIABLE, "cpp,torch")
+    assert registry.backend("op", FLOAT) == "cpp" and registry.backend("plain", FLOAT) == "torch"
+    monkeypatch.setenv(registry.VARIABLE, "triton,cpp")
+    with pytest.raises(RuntimeError, match="plain has torch; add one of them"):
+        registry.backend("plain", FLOAT)
+
+
+def test_triton_runs_on_a_cpu_only_under_its_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert available_backends("cpu")["triton"] == ""
+    monkeypatch.setenv(registry.VARIABLE, "triton")
+    assert registry.backend("op", FLOAT) == "triton"
+
+
+def test_the_library_is_there_and_says_what_it_holds():
+    assert native.load_error() == ""
+    assert native.describe()["cpu"] in ("portable", "avx2", "avx512")
