@@ -129,6 +129,11 @@ class EncodedCache:
         features = torch.frombuffer(bytearray(payload), dtype=torch.bfloat16) if size else torch.zeros(0, dtype=torch.bfloat16)
         return EncodedClip(features.reshape(sum(frames), width), frames, record.header["failure"])
 
+    def failure(self, sha256: str) -> str | None:
+        """Why a stored clip cannot be used, without reading it; None for a good clip and for one that is not here."""
+        record = self._records.get(sha256)
+        return None if record is None else record.header["failure"]
+
     def put(self, sha256: str, clip: EncodedClip) -> None:
         """Append a clip; one that is there already is left alone.
 

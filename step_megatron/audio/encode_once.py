@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,13 @@ class Encoder(Protocol):
 
     def encode(self, log_mels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """`[mels, T_i]` each -> `[e_i, width]` each; a chunk's bits depend on the chunk alone."""
+
+
+class Prepared(NamedTuple):
+    """What `EncodedAudio.prepare` did on this node: clips that it encoded, and clips that failed while it did."""
+
+    encoded: int
+    failed: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,12 @@ class EncodedAudio:
         cache: the node's cache, or None to encode inside every step.
         runtime: this rank's place.
         quarantine: file that a clip which fails is written to, with its reason.
-        quarantine_limit: share of the index's clips that may fail before a run stops.
+        quarantine_limit: share of `clips` that may fail before a run stops.
+        clips: how many clips the run uses; None for all of the index.
+
+    Attributes:
+        failures: clips that cannot be used, by address with the reason, as all ranks agreed so far.
+        encoded_frames: attention positions (50 Hz) of every chunk that this rank encoded inside the latest `fetch`.
     """
 
     def __init__(
@@ -93,14 +105,16 @@ class EncodedAudio:
         runtime: Runtime,
         quarantine: str | Path | None = None,
         quarantine_limit: float = 0.01,
+        clips: int | None = None,
     ):
         self.encoder, self.front_end, self.index, self.cache, self.runtime = encoder, front_end, index, cache, runtime
         self.failures: dict[str, str] = {}
+        self.encoded_frames: tuple[int, ...] = ()
         self._quarantine = Path(quarantine) if quarantine else None
-        self._limit = quarantine_limit
+        self._limit, self._clips = quarantine_limit, len(index) if clips is None else clips
         self._world, self._node = _host_groups(runtime)
 
-    def prepare(self, addresses: Sequence[str | AudioAddress], progress: bool = True) -> int:
+    def prepare(self, addresses: Sequence[str | AudioAddress], progress: bool = True) -> Prepared:
         """Encode what the node's cache lacks, shared over the node's ranks; collective over all ranks.
 
         Args:
@@ -108,10 +122,13 @@ class EncodedAudio:
             progress: print audio-seconds done, rate and time left on rank 0.
 
         Returns:
-            Clips that this node encoded now; 0 without a cache (then `fetch` encodes).
+            How many clips were encoded and failed now; none without a cache (then `fetch` encodes).
+
+        Raises:
+            QuarantineLimitExceeded: on all ranks alike, when too many clips have failed, now or when the cache was filled.
         """
         if self.cache is None:
-            return 0
+            return Prepared(0, 0)
         clips = {self.index[address].sha256: address for address in addresses}
         used = [self.index[address].num_samples for address in clips.values()]
         self.cache.expect(sum(chunk_frames(samples).encoder for length in used for samples in chunk_lengths(length)))
@@ -119,17 +136,26 @@ class EncodedAudio:
         lengths = [self.index[clips[sha256]].num_samples for sha256 in todo]
         mine = assign_longest_first(lengths, self.runtime.local_world_size)[self.runtime.local_rank]
         seconds = sum(lengths[i] for i in mine) / SAMPLE_RATE
+        failed = {}
         # Silent ranks: `Progress` prints on rank 0 alone, whose share stands for the others'.
         with Progress(round(seconds, 1), "encode", "audio-seconds") if progress else _NoProgress() as bar:
             for address, clip in self._encode([clips[todo[i]] for i in mine]):
                 info = self.index[address]
                 self._store(info.sha256, clip)
+                if clip.failure is not None:
+                    failed[address] = clip.failure
                 bar.update(info.num_samples / SAMPLE_RATE)
         self.cache.close()
         if self._node is not None:
             dist.barrier(self._node)
         self.cache.refresh()
-        return len(todo)
+        failed |= {str(clips[sha256]): reason for sha256 in clips if (reason := self.cache.failure(sha256)) is not None}
+        failed = {address: reason for part in self._gather(failed) for address, reason in part.items()}
+        now = sum(str(clips[sha256]) in failed for sha256 in todo)
+        if todo:
+            logger.info("%d clips encoded, %d failed", len(todo) - now, now)
+        self._count_failures(failed)
+        return Prepared(len(todo) - now, now)
 
     def fetch(self, addresses: Sequence[str | AudioAddress]) -> dict[str, EncodedClip | None]:
         """Clips of this replica's next step; collective over all ranks, also over those whose step has no audio.
@@ -144,6 +170,7 @@ class EncodedAudio:
         Raises:
             QuarantineLimitExceeded: on all ranks alike, when too many clips have failed.
         """
+        self.encoded_frames = ()
         wanted = list(dict.fromkeys(str(address) for address in addresses))
         clips = self._lookup(wanted) if self.runtime.is_first_stage else {}
         missing = tuple(address for address in wanted if address not in clips) if self.runtime.is_first_stage else ()
@@ -183,6 +210,8 @@ class EncodedAudio:
         """
         shares = assign_longest_first([self.index[address].num_samples for address in todo], self.runtime.world_size)
         mine = dict(self._encode([todo[i] for i in shares[self.runtime.rank]]))
+        good = [self.index[address].num_samples for address, clip in mine.items() if clip.failure is None]
+        self.encoded_frames = tuple(chunk_frames(samples).conv for length in good for samples in chunk_lengths(length))
         # From rank -> address -> (frames of the chunks, width, failure), in one order on all ranks.
         made = self._gather(
             {address: (clip.chunk_frames, clip.features.shape[1], clip.failure) for address, clip in mine.items()}
@@ -291,11 +320,12 @@ class EncodedAudio:
     def _count_failures(self, failed: dict[str, str]) -> None:
         """Keep the agreed failures of the run; too many stop it, on all ranks alike."""
         self.failures |= failed
-        if failed and len(self.failures) > self._limit * len(self.index):
+        if failed and len(self.failures) > self._limit * self._clips:
             last = [f"  {address}: {reason}" for address, reason in list(self.failures.items())[-5:]]
             raise QuarantineLimitExceeded(
-                f"{len(self.failures)} of the index's {len(self.index)} clips have failed since the run began, "
-                f"the limit is {self._limit:.1%} (data.quarantine_limit). The last ones:\n" + "\n".join(last)
+                f"{len(self.failures)} of {self._clips} clips cannot be used, data.quarantine_limit allows {self._limit:.1%}: "
+                "see whether the audio is where `step-megatron data validate` found it, repair what quarantine.jsonl names, or "
+                "raise the limit. The last ones:\n" + "\n".join(last)
             )
 
     def _gather(self, value):
@@ -322,10 +352,13 @@ def _host_groups(runtime: Runtime) -> tuple[dist.ProcessGroup | None, dist.Proce
     """Gloo groups of all ranks and of this node's ranks, for host values; None where a rank is alone."""
     if runtime.world_size == 1:
         return None, None
-    world = dist.group.WORLD if runtime.backend == "gloo" else dist.new_group(backend="gloo")
+    world = dist.group.WORLD if runtime.backend == "gloo" else dist.new_group(backend="gloo", timeout=runtime.timeout)
     size = runtime.local_world_size
     # Every rank has to take part in the making of every group.
-    nodes = [dist.new_group(list(range(first, first + size)), backend="gloo") for first in range(0, runtime.world_size, size)]
+    nodes = [
+        dist.new_group(list(range(first, first + size)), backend="gloo", timeout=runtime.timeout)
+        for first in range(0, runtime.world_size, size)
+    ]
     return world, nodes[runtime.rank // size] if size > 1 else None
 
 
@@ -338,11 +371,14 @@ def _as_promised(outcome: DecodedClip | AudioError, info: ClipInfo) -> DecodedCl
     return outcome
 
 
-def open_encoded_audio(config: Config, encoder: Encoder, index: AudioIndex, runtime: Runtime, passes: float) -> EncodedAudio:
+def open_encoded_audio(
+    config: Config, encoder: Encoder, index: AudioIndex, runtime: Runtime, passes: float, clips: int | None = None
+) -> EncodedAudio:
     """`EncodedAudio` as the configuration has it; collective over all ranks.
 
     Args:
         passes: how often the run will see its data; `audio.cache: auto` keeps features on disk for more than one.
+        clips: how many clips the run uses, of which `data.quarantine_limit` is a share; None for all of the index.
     """
     index.check_durations(config.audio.max_clip_seconds)
     front_end = LogMelFrontEnd(config.encoder.mels, runtime.device, runtime.threads, config.audio.max_clip_seconds)
@@ -352,4 +388,4 @@ def open_encoded_audio(config: Config, encoder: Encoder, index: AudioIndex, runt
         folder = config.audio.cache_dir or Path(index.folder) / "encoded-audio"
         cache = EncodedCache(folder, fingerprint, int(config.audio.cache_max_gib * 2**30))
     quarantine = Path(config.run.dir) / "quarantine.jsonl"
-    return EncodedAudio(encoder, front_end, index, cache, runtime, quarantine, config.data.quarantine_limit)
+    return EncodedAudio(encoder, front_end, index, cache, runtime, quarantine, config.data.quarantine_limit, clips)

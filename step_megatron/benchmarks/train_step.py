@@ -46,6 +46,7 @@ _PADDED_STRIDE = 4
 _OVERRIDES = (
     "run={device: cpu, seed: 1}",
     "model.preset=tiny",
+    "encoder.weights=random",
     "training={steps: 1000000, lr_schedule: constant}",
     "megatron.optimizer={lr: 1e-4, min_lr: 1e-4, clip_grad: 1.0, weight_decay: 0.01}",
 )

@@ -40,8 +40,9 @@ class EncoderConfig:
     max_positions: int = 1500
     # Average-pool by two before the final norm: 50 -> 25 Hz. Off only to compare with a plain Whisper encoder.
     pooling: bool = True
-    # `random`, or a directory that holds weights (`whisper-base` wheels unpacked by `data fetch`).
-    weights: str = "random"
+    # A directory that holds weights (`whisper-base`, unpacked by `data fetch`), or `random`, through which a model learns little,
+    # for the encoder is frozen. Has to be set where a source has audio.
+    weights: str = ""
 
 
 @dataclass
@@ -100,7 +101,8 @@ class DataConfig:
     tokens_per_micro_batch: int = 4096
     # Audio index written by `data validate`; conversations name clips, the index knows their length and hash.
     index: str = ""
-    # Share of clips that may be quarantined before a run refuses to start.
+    # Share of the clips that may be unusable, and share of a source's samples that may be left out (longer than a micro-batch,
+    # nothing to train), before a run stops.
     quarantine_limit: float = 0.01
     # Samples that the packer looks at together, a multiple of what one step needs.
     packing_window: int = 256

@@ -4,8 +4,10 @@ Every rank validates the sources once, then makes the same plan from the seed an
 micro-batches. The plan of a step does not depend on the number of data-parallel ranks, so a run may be resumed on another number.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from step_megatron.audio.geometry import ChunkFrames, chunk_frames, chunk_lengths
@@ -51,11 +53,12 @@ class MixtureLoader:
         dp_rank, dp_size: data-parallel position.
         pin_memory: put the tensors into pinned memory.
         validation: read `data.validation` instead of `data.sources`, `training.validation_micro_batches` to a step.
+        quarantine: file for samples that are left out, with source, reason and remedy.
 
     Attributes:
         source_names: names of the sources, in order.
         mixture: what was drawn so far (`mixture.tokens`, `mixture.epochs()`).
-        quarantined, dropped: samples that are left out, by id with reason and remedy, and counted by reason.
+        sources: their samples; `sources.left_out` are those that cannot be trained on.
 
     Raises:
         SchemaError: a source's file has a bad line.
@@ -72,6 +75,7 @@ class MixtureLoader:
         dp_size: int = 1,
         pin_memory: bool = False,
         validation: bool = False,
+        quarantine: str | Path | None = None,
     ):
         # As the user knows them, for messages.
         self.sources_key = "data.validation" if validation else "data.sources"
@@ -87,12 +91,17 @@ class MixtureLoader:
         self.budget = config.data.tokens_per_micro_batch // self.padding.row_multiple * self.padding.row_multiple
         self.break_even = _break_even(config.megatron.transformer)
         has_tokens = None if index is None else self._has_tokens
-        self.sources = TrainingSources(configured, config.data.index, has_tokens, config.data.quarantine_limit)
+        self.sources = TrainingSources(configured, config.data.index, has_tokens, config.data.quarantine_limit, quarantine)
         self.mixture = Mixture([Source(s.name, s.weight, self.sources.size(i)) for i, s in enumerate(configured)], self.seed)
         self.source_names = tuple(source.name for source in configured)
-        self.quarantined, self.dropped = self.sources.quarantined, self.sources.dropped
-        for reason, count in self.dropped.items():
+        for reason, count in Counter(self.sources.left_out.values()).items():
             _log.info("data: %d samples left out: %s", count, reason)
+        self._origin = {
+            "sources": [{"name": name} | self.sources.digests(i) for i, name in enumerate(self.source_names)],
+            "tokenizer": tokenizer.fingerprint(),
+            "template": self.template,
+            "adaptor": self.adaptor.kind,
+        }
         self._window = 0
         self._waiting: list[_Drawn] = []
         self._steps: list[list[list[_Drawn]]] = []
@@ -151,7 +160,7 @@ class MixtureLoader:
         for _ in range(2 * self.mixture.sources[source].size):
             index = self.mixture.advance(source)
             sample = self._render(source, index)
-            if self._fits(sample):
+            if self._fits(source, index, sample):
                 self.mixture.credit(source, sample.trained_tokens)
                 return _Drawn(source, index, self._window, sample)
         raise DataError(
@@ -165,13 +174,14 @@ class MixtureLoader:
     def _length(self, sample: TokenizedSample) -> int:
         return round_up(len(sample.input_ids), self.padding.segment_multiple)
 
-    def _fits(self, sample: TokenizedSample) -> bool:
+    def _fits(self, source: int, index: int, sample: TokenizedSample) -> bool:
         """Whether a sample can be trained on; if not it is left out by name."""
         if self._length(sample) > self.budget:
             reason = f"{TOO_LONG}: {self._length(sample)} tokens, budget {self.budget}"
-            self.sources.leave_out(sample.id, reason, "raise data.tokens_per_micro_batch or split the conversation")
+            remedy = "raise data.tokens_per_micro_batch or split the conversation"
+            self.sources.leave_out(source, index, sample.id, reason, remedy)
         elif sample.trained_tokens == 0:
-            self.sources.leave_out(sample.id, NOT_TRAINED, "give it an assistant turn with train, or remove it")
+            self.sources.leave_out(source, index, sample.id, NOT_TRAINED, "give it an assistant turn with train, or remove it")
         else:
             return True
         return False
@@ -180,11 +190,12 @@ class MixtureLoader:
         """The position as JSON values: the mixture's, the planned steps and what waits; the same on every rank."""
         return {
             "settings": self._settings(),
-            "sources": [[source.name, source.size] for source in self.mixture.sources],
+            "origin": self._origin,
             "mixture": self.mixture.state_dict(),
             "window": self._window,
             "waiting": [item.place for item in self._waiting],
             "steps": [[[item.place for item in items] for items in step] for step in self._steps],
+            "left_out": self.sources.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -194,22 +205,29 @@ class MixtureLoader:
         but what was already planned is packed anew.
 
         Raises:
-            DataError: the sources or the seed are others, so that there is no such position.
+            DataError: the seed, the sources, their samples or what these render to are others, so that there is no such position.
         """
-        here = ([[source.name, source.size] for source in self.mixture.sources], self.seed)
-        saved = ([list(source) for source in state["sources"]], state["settings"]["seed"])
+        here = (list(self.source_names), self.seed)
+        saved = ([source["name"] for source in state["origin"]["sources"]], state["settings"]["seed"])
         if saved != here:
             raise DataError(
                 f"the saved position has sources {saved[0]} and seed {saved[1]}, this run has {here[0]} and {here[1]}; "
                 "restore data.sources and run.seed, or start a new run from the weights"
             )
+        if changed := _changes(state["origin"], self._origin):
+            raise DataError(
+                f"the saved position is of other data: {'; '.join(changed)}. Restore that, or start a new run from the weights"
+            )
         self.mixture.load_state_dict(state["mixture"])
         self._window = state["window"]
         self._waiting = [self._restore(place) for place in state["waiting"]]
         self._steps = [[[self._restore(place) for place in items] for items in step] for step in state["steps"]]
+        self.sources.load_state(state["left_out"])
         if state["settings"] != self._settings():
+            # What did not fit may fit now: it is found again, or not.
+            self.sources.load_state([])
             planned = [item for step in self._steps for items in step for item in items]
-            self._waiting = [item for item in self._waiting + planned if self._fits(item.sample)]
+            self._waiting = [item for item in self._waiting + planned if self._fits(item.source, item.index, item.sample)]
             self._steps = []
 
     def _settings(self) -> dict[str, int]:
@@ -224,6 +242,25 @@ class MixtureLoader:
     def _restore(self, place: list[int]) -> _Drawn:
         source, index, window = place
         return _Drawn(source, index, window, self._render(source, index))
+
+
+def _changes(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What a position's data, of the same sources, are otherwise than this run's, each with the likeliest cause."""
+    changes = []
+    for was, now in zip(saved["sources"], here["sources"], strict=True):
+        if was["file"] != now["file"]:
+            changes.append(f"the file of source {now['name']!r} has changed (was it built again, or edited?)")
+        elif was["usable"] != now["usable"]:
+            changes.append(
+                f"other samples of source {now['name']!r} are usable, though its file is the same (was the audio index made "
+                "again, is data.index another?)"
+            )
+    if saved["tokenizer"] != here["tokenizer"]:
+        changes.append("the vocabulary at tokenizer.path has changed (was `data build` run with another corpus or --vocabulary?)")
+    for key, name in (("template", "tokenizer.template"), ("adaptor", "adaptor.kind")):
+        if saved[key] != here[key]:
+            changes.append(f"{name} was {saved[key]}, is {here[key]}")
+    return changes
 
 
 def _padding(config: Config) -> Padding:

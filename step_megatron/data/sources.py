@@ -1,7 +1,8 @@
 """The sources of a mixture on disk: validated once, clips looked up, then read sample by sample."""
 
+import hashlib
+import json
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,11 @@ import numpy as np
 
 from step_megatron.config.schema import SourceConfig
 from step_megatron.data.schema import Audio, Conversation, ConversationFile, Text
+from step_megatron.runtime.progress import get_logger, rank
 
 NOT_INDEXED = "clip not in the audio index"
+
+_log = get_logger(__name__)
 
 
 class DataError(ValueError):
@@ -25,27 +29,40 @@ class TrainingSources:
         sources: `data.sources`.
         index_path: `data.index`, a file or its folder. Addresses come out relative to the folder, or absolute.
         has_tokens: whether the index knows a clip and it gives tokens; None if there is no index.
-        limit: share of the clips that may be missing (`data.quarantine_limit`).
+        limit: share of the clips that may be missing, and of a source's samples that `leave_out` may be given
+            (`data.quarantine_limit`).
+        quarantine: file that rank 0 writes every sample to that is left out, once however often the run is started.
 
     Attributes:
-        quarantined: id -> reason and remedy of every sample that was left out, here or by `leave_out`.
-        dropped: how many, by reason.
+        left_out: samples that are left out, here or by `leave_out`: (source, line of its file from 0) -> reason.
+        clips: how many clips of the index the samples name.
 
     Raises:
         SchemaError: a file has a bad line.
         DataError: audio without an index, or more missing clips than `limit`.
     """
 
-    def __init__(self, sources: Sequence[SourceConfig], index_path: str, has_tokens: Callable[[str], bool] | None, limit: float):
-        self.quarantined: dict[str, str] = {}
-        self.dropped: Counter[str] = Counter()
+    def __init__(
+        self,
+        sources: Sequence[SourceConfig],
+        index_path: str,
+        has_tokens: Callable[[str], bool] | None,
+        limit: float,
+        quarantine: str | Path | None = None,
+    ):
+        self.left_out: dict[tuple[int, int], str] = {}
+        self._names, self._limit = [source.name for source in sources], limit
+        self._quarantine = Path(quarantine) if quarantine and rank() == 0 else None
+        self._written = _samples_in(self._quarantine)
+        self._said: set[str] = set()
         self._index_dir = None
         if index_path:
             path = os.path.abspath(index_path)
             self._index_dir = path if os.path.isdir(path) else os.path.dirname(path)
         self._files = [ConversationFile(source.path) for source in sources]
         known: dict[str, bool] = {}
-        self._rows = [self._usable(file, has_tokens, known) for file in self._files]
+        self._rows = [self._usable(source, file, has_tokens, known) for source, file in enumerate(self._files)]
+        self.clips = sum(known.values())
         missing = [clip for clip, there in known.items() if not there]
         if len(missing) > limit * len(known):
             raise DataError(
@@ -62,13 +79,64 @@ class TrainingSources:
         file = self._files[source]
         return located(file[int(self._rows[source][index])], file.path, self._index_dir)
 
-    def leave_out(self, name: str, reason: str, remedy: str) -> None:
-        """Count a sample that cannot be trained on; once, however many epochs meet it."""
-        if name not in self.quarantined:
-            self.quarantined[name] = f"{reason}; {remedy}"
-            self.dropped[reason.partition(":")[0]] += 1
+    def digests(self, source: int) -> dict[str, str]:
+        """SHA-256 of a source's file and of which of its samples are usable."""
+        with self._files[source].path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"file": content, "usable": hashlib.sha256(self._rows[source].tobytes()).hexdigest()}
 
-    def _usable(self, file: ConversationFile, has_tokens: Callable[[str], bool] | None, known: dict[str, bool]) -> np.ndarray:
+    def leave_out(self, source: int, index: int, name: str, reason: str, remedy: str) -> None:
+        """Leave out a usable sample that cannot be trained on; counted once, however many epochs meet it.
+
+        Args:
+            source, index: as `conversation` takes them.
+            name: its id.
+            reason: its part before a colon is what is counted.
+
+        Raises:
+            DataError: more than the limit allows of the source's samples are left out for what they are themselves.
+        """
+        if not self._note(source, int(self._rows[source][index]), name, reason, remedy):
+            return
+        count = sum(of == source and why != NOT_INDEXED for (of, _), why in self.left_out.items())
+        if count > self._limit * self.size(source):
+            raise DataError(
+                f"{count} of the {self.size(source)} samples of source {self._names[source]!r} cannot be trained on, more than "
+                f"data.quarantine_limit={self._limit:g} allows; the last is {name!r}: {reason}: {remedy}, or raise the limit"
+            )
+
+    def state(self) -> list[list]:
+        """What `leave_out` was given, as JSON values; the same on every rank."""
+        return [[*place, reason] for place, reason in sorted(self.left_out.items()) if reason != NOT_INDEXED]
+
+    def load_state(self, state: list[list]) -> None:
+        """Forget what `leave_out` was given, and take over what another run of the same sources had found."""
+        own = {place: reason for place, reason in self.left_out.items() if reason == NOT_INDEXED}
+        self.left_out = own | {(source, row): reason for source, row, reason in state}
+
+    def _note(self, source: int, row: int, name: str, reason: str, remedy: str) -> bool:
+        """Count a sample, write it down, and say so if it is the first of its kind; False if it was counted before."""
+        kind = reason.partition(":")[0]
+        if (source, row) in self.left_out:
+            return False
+        self.left_out[source, row] = kind
+        if kind not in self._said and rank() == 0:
+            _log.warning(
+                "sample %s of source %s is left out: %s; %s (others with %r are only counted and written to quarantine.jsonl)",
+                name, self._names[source], reason, remedy, kind,
+            )  # fmt: skip
+        self._said.add(kind)
+        if self._quarantine is not None and (self._names[source], name) not in self._written:
+            self._written.add((self._names[source], name))
+            self._quarantine.parent.mkdir(parents=True, exist_ok=True)
+            entry = {"id": name, "source": self._names[source], "reason": reason, "remedy": remedy}
+            with open(self._quarantine, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        return True
+
+    def _usable(
+        self, source: int, file: ConversationFile, has_tokens: Callable[[str], bool] | None, known: dict[str, bool]
+    ) -> np.ndarray:
         """Validate every line of a file; the rows whose clips are all known. `known` collects the answers for each clip."""
         rows = []
         for row, conversation in enumerate(file):
@@ -83,10 +151,24 @@ class TrainingSources:
                     known[clip] = has_tokens(clip)
             missing = [clip for clip in clips if not known[clip]]
             if missing:
-                self.leave_out(conversation.id, f"{NOT_INDEXED}: {missing[0]}", "quarantine.jsonl says why")
+                remedy = "the quarantine.jsonl beside the index says why; else run `step-megatron data validate`"
+                self._note(source, row, conversation.id, f"{NOT_INDEXED}: {missing[0]}", remedy)
             else:
                 rows.append(row)
         return np.array(rows, np.int64)
+
+
+def _samples_in(path: Path | None) -> set[tuple[str, str]]:
+    """(source, id) of the samples that a quarantine file names; it also names clips, and a kill may have torn its last line."""
+    names = set()
+    for line in path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if "id" in entry:
+            names.add((entry["source"], entry["id"]))
+    return names
 
 
 def located(conversation: Conversation, path: str | Path, index_dir: str | Path | None) -> Conversation:

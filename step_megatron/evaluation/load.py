@@ -215,7 +215,10 @@ def _read_config(run_dir: Path) -> Config:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; --run names the directory of a run (for example runs/quickstart)")
-    return load_config(path)
+    config = load_config(path)
+    # A run of text alone names no encoder: it has not learnt to hear with any.
+    config.encoder.weights = config.encoder.weights or "random"
+    return config
 
 
 def _encoded_audio(config: Config, data_dir: Path, encoder: AudioEncoder, runtime: Runtime) -> EncodedAudio:

@@ -30,6 +30,7 @@ from step_kernels.segments import cumulative
 from torch import nn
 from torch.nn.functional import gelu, linear
 
+from step_megatron.config.load import ConfigError
 from step_megatron.config.schema import EncoderConfig
 from step_megatron.model.canonical import canonical_blocks, on_threads, one_thread
 from step_megatron.model.whisper import read_encoder_weights, sinusoids
@@ -261,6 +262,16 @@ class AudioEncoder(nn.Module):
 def build_encoder(
     config: EncoderConfig, block: int = 1024, compat: Literal["clean", "step"] = "clean", seed: int = 0
 ) -> AudioEncoder:
-    """Make the encoder that a configuration describes: random weights from `seed`, or those in the directory `config.weights`."""
+    """Make the encoder that a configuration describes: random weights from `seed`, or those in the directory `config.weights`.
+
+    Raises:
+        ConfigError: `config.weights` is not set.
+        ValueError: see `AudioEncoder.load`.
+    """
+    if not config.weights:
+        raise ConfigError(
+            "encoder.weights is not set; give a folder with Whisper's or Qwen2-Audio's encoder (`step-megatron data fetch` makes "
+            "whisper-base), or say `random` for one that has learnt nothing"
+        )
     encoder = AudioEncoder(config, block, compat)
     return encoder.reset_parameters(seed) if config.weights == "random" else encoder.load(config.weights)

@@ -6,8 +6,9 @@ embedding and softmax are left out (under 1%), as in Megatron's and PaLM's count
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -124,24 +125,22 @@ def training_flops(
     config: Config,
     segments: Sequence[int],
     audio_frames: Sequence[int] = (),
-    encoded_frames: Sequence[int] = (),
     decoder_trained: bool = True,
     adaptor_trained: bool = True,
     predicted: int | None = None,
 ) -> int:
-    """Operations of forward and backward over some packed micro-batches, all ranks together.
+    """Operations of forward and backward over some packed micro-batches, all ranks together; the frozen encoder not included.
 
     Args:
         segments: lengths of the packed segments without padding, in tokens.
         audio_frames: encoder frames (25 Hz) of each audio chunk in them.
-        encoded_frames: attention positions (50 Hz) of the chunks that the frozen encoder computed for them; empty when cached.
         decoder_trained, adaptor_trained: whether any of their weights are.
         predicted: tokens that go through the output layer, all of them when None.
     """
     shape = DecoderShape.of(config)
     decoder = decoder_work(shape, segments, predicted).training(decoder_trained, inputs=decoder_trained or adaptor_trained)
     adaptor = adaptor_work(config.encoder, config.adaptor, shape.width, audio_frames).training(adaptor_trained, inputs=False)
-    return decoder + adaptor + encoder_work(config.encoder, encoded_frames).forward
+    return decoder + adaptor
 
 
 # Dense peaks in TFLOP/s as (pattern of the device's name, bf16, fp8), the first match counts. Source: NVIDIA's data sheets; the
@@ -178,9 +177,22 @@ def peak_flops(device_name: str, dtype: str = "bf16") -> float | None:
     return None
 
 
-def device_peak(device: torch.device, dtype: str = "bf16") -> float | None:
-    """`peak_flops` of a torch device; None on a CPU, whose peak depends on clocks that nobody publishes."""
-    return peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+def precision(transformer: Mapping[str, Any]) -> str | None:
+    """`fp8` or `bf16` (fp16 is as fast) for what the products of `megatron.transformer` run in; None for others, such as fp32."""
+    if transformer.get("fp4"):
+        return None
+    if transformer.get("fp8"):
+        return "fp8"
+    return "bf16" if transformer.get("bf16") or transformer.get("fp16") else None
+
+
+def device_peak(device: torch.device, dtype: str | None) -> float | None:
+    """`peak_flops` of a torch device for `precision`; None where it is not known.
+
+    A CPU's depends on clocks that nobody publishes; fp32 is no entry of the table: it may or may not run as TF32.
+    """
+    known = device.type == "cuda" and dtype is not None
+    return peak_flops(torch.cuda.get_device_name(device), dtype) if known else None
 
 
 def model_flops_utilisation(flops: float, seconds: float, devices: int, peak: float | None) -> float | None:

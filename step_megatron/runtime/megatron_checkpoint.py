@@ -72,21 +72,31 @@ def load_optimizer_state(optimizer: Any, loaded: dict[str, Any], updates: int) -
     """Load what `sharded_state_dict` described; afterwards every parameter has a `step` of its own.
 
     Megatron saves the step count of rank 0, if it is not 0, and loads it as one tensor for all parameters (distributed
-    optimizer), which torch's AdamW then advances once per parameter.
+    optimizer), which torch's AdamW then advances once per parameter. The settings of the groups (learning rates, decay, betas)
+    stay this run's: a checkpoint has those of the run that saved it, and would silently undo a change.
 
     Args:
         updates: what `updates` gave when the state was saved.
     """
     if _is_torch_adam(optimizer) and "state" in (plain := loaded.get("optimizer", loaded)):
         plain["state"]["common_step"] = torch.tensor(float(updates))
-    for part in optimizer_parts(optimizer):
+    parts = optimizer_parts(optimizer)
+    settings = [[_settings(group) for group in part.optimizer.param_groups] for part in parts]
+    for part in parts:
         if isinstance(part, DistributedOptimizer):
             part._set_main_param_and_optimizer_states = _keeping_step(part)
     optimizer.load_state_dict(loaded)
-    for part in optimizer_parts(optimizer):
+    for part, groups in zip(parts, settings, strict=True):
+        for group, own in zip(part.optimizer.param_groups, groups, strict=True):
+            group.update(own)
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What a run configures of a parameter group; apex's and Transformer Engine's Adam keep their step count there too."""
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
 def _keeping_step(part: DistributedOptimizer):

@@ -117,8 +117,7 @@ def train(trainer: Trainer) -> None:
         stopping = trainer.interruption.agreed()
         saving = last or stopping or _due(step, training.save_interval)
         validating = trainer.validation_batches is not None and (last or _due(step, training.validation_interval))
-        if saving or validating or _due(step, log_interval):
-            # A checkpoint holds no half-filled averages: whatever was summed up is reported before it.
+        if last or validating or _due(step, log_interval):
             values = trainer.meter.flush(learning_rate(trainer.optimizer))
             values |= validation_loss(trainer) if validating else {}
             trainer.report(step, values)

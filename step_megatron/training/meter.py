@@ -8,9 +8,11 @@ A line holds, for the steps since the line before:
     padding_share            padding / all tokens computed
     step_seconds, peak_memory_gib (largest rank), model_flops_per_second, mfu (where the device's peak is known)
     failed_clips, skipped_updates
+    samples_left_out         samples of the training sources that cannot be trained on, found since the run began
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,8 @@ from step_megatron.training.batch import TrainingBatch
 
 # Encoder frames of one second of audio.
 _FRAME_RATE = 25.0
+# Summed over all ranks.
+_COUNTS = ("tokens", "padding", "frames", "failed", "operations")
 
 
 class Meter:
@@ -32,19 +36,28 @@ class Meter:
         runtime: where this rank stands; each count is contributed by one rank of a replica.
         flops: floating-point operations, forward and backward, that the model needs for a micro-batch.
         peak: of one device, per second; None when unknown.
+        encoder_flops: operations of what this rank encoded inside the latest training step.
+        samples_left_out: how many samples cannot be trained on; the same on every rank.
     """
 
     def __init__(
-        self, sources: Sequence[str], runtime: Runtime, flops: Callable[[TrainingBatch], float], peak: float | None = None
+        self,
+        sources: Sequence[str],
+        runtime: Runtime,
+        flops: Callable[[TrainingBatch], float],
+        peak: float | None = None,
+        encoder_flops: Callable[[], float] = lambda: 0.0,
+        samples_left_out: Callable[[], int] = lambda: 0,
     ):
         self._sources, self._runtime, self._flops, self._peak = tuple(sources), runtime, flops, peak
+        self._encoder_flops, self._samples_left_out = encoder_flops, samples_left_out
         self._reset()
 
     def _reset(self) -> None:
         self._losses = torch.zeros(len(self._sources), 2, dtype=torch.float64, device=self._runtime.device)
-        self._tokens = self._padding = self._frames = self._failed = self._skipped = self._steps = 0
-        self._operations = self._seconds = 0.0
-        self._gradient_norm = 0.0
+        self._counts = dict.fromkeys(_COUNTS, 0.0)
+        self._encoder_operations = self._seconds = self._gradient_norm = 0.0
+        self._skipped = self._steps = 0
 
     def add(
         self,
@@ -58,11 +71,12 @@ class Meter:
         for report in reports:
             self._losses += report["sums"]
         for batch in batches:
-            self._tokens += batch.tokens
-            self._padding += batch.padding
-            self._frames += batch.audio_frames
-            self._failed += batch.failed
-            self._operations += self._flops(batch)
+            self._counts["tokens"] += batch.tokens
+            self._counts["padding"] += batch.padding
+            self._counts["frames"] += batch.audio_frames
+            self._counts["failed"] += batch.failed
+            self._counts["operations"] += self._flops(batch)
+        self._encoder_operations += self._encoder_flops()
         self._steps += 1
         self._skipped += not updated
         self._gradient_norm = float(gradient_norm or 0.0)
@@ -78,15 +92,8 @@ class Meter:
     def flush(self, learning_rate: float) -> dict[str, float | None]:
         """One line of metrics over all ranks, and start again from zero. Every rank calls this and gets the same line."""
         values = self._named(self._over_all_ranks(self._losses))
-        runtime = self._runtime
-        one_of_replica = runtime.tp_rank == runtime.cp_rank == runtime.pp_rank == 0
-        counts = [self._tokens, self._padding, self._frames, self._failed, self._operations]
-        totals = torch.tensor([count * one_of_replica for count in counts], dtype=torch.float64, device=runtime.device)
-        dist.all_reduce(totals)
-        slowest = torch.tensor([self._seconds, peak_memory_bytes(runtime.device)], dtype=torch.float64, device=runtime.device)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        tokens, padding, frames, failed, operations = totals.tolist()
-        seconds, memory = slowest.tolist()
+        tokens, padding, frames, failed, operations = self._totals()
+        seconds, memory = self._largest(self._seconds, peak_memory_bytes(self._runtime.device))
         values |= {
             "learning_rate": learning_rate,
             "grad_norm": self._gradient_norm,
@@ -96,12 +103,54 @@ class Meter:
             "step_seconds": seconds / self._steps,
             "model_flops_per_second": operations / seconds,
             "peak_memory_gib": memory / 2**30,
-            "mfu": model_flops_utilisation(operations, seconds, runtime.world_size, self._peak),
+            "mfu": model_flops_utilisation(operations, seconds, self._runtime.world_size, self._peak),
             "failed_clips": failed,
             "skipped_updates": float(self._skipped),
+            "samples_left_out": float(self._samples_left_out()),
         }
         self._reset()
         return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running sums over all ranks, as plain values; every rank calls this and gets the same.
+
+        With them in a checkpoint, the line after a stop covers all of its steps, those before the stop too.
+        """
+        return {
+            "losses": dict(zip(self._sources, self._over_all_ranks(self._losses).tolist(), strict=True)),
+            "counts": dict(zip(_COUNTS, self._totals(), strict=True)),
+            "seconds": self._largest(self._seconds)[0],
+            "gradient_norm": self._gradient_norm,
+            "skipped": self._skipped,
+            "steps": self._steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from saved sums, on any number of ranks; those of a source that is no more are dropped."""
+        self._reset()
+        self._seconds, self._gradient_norm = state["seconds"], state["gradient_norm"]
+        self._skipped, self._steps = state["skipped"], state["steps"]
+        # Rank 0 is first in every dimension, so what it holds is counted in every layout.
+        if self._runtime.rank == 0:
+            self._counts = dict(state["counts"])
+            rows = [state["losses"].get(name, [0.0, 0.0]) for name in self._sources]
+            self._losses += torch.tensor(rows, dtype=torch.float64, device=self._losses.device)
+
+    def _totals(self) -> list[float]:
+        """`_COUNTS` over all ranks: one rank speaks for a replica, but every rank encodes clips of its own."""
+        runtime = self._runtime
+        one_of_replica = runtime.tp_rank == runtime.cp_rank == runtime.pp_rank == 0
+        mine = [count * one_of_replica for count in self._counts.values()]
+        mine[_COUNTS.index("operations")] += self._encoder_operations
+        totals = torch.tensor(mine, dtype=torch.float64, device=runtime.device)
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+    def _largest(self, *values: float) -> list[float]:
+        """Each value of the rank where it is largest."""
+        largest = torch.tensor(values, dtype=torch.float64, device=self._runtime.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
 
     def _over_all_ranks(self, sums: torch.Tensor) -> torch.Tensor:
         """Sum `[sources, 2]` over the ranks that hold a distinct part: last stages, one tensor-parallel rank each."""

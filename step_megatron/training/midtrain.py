@@ -5,15 +5,12 @@ A run directory holds all there is to know about a run:
     config.yaml, run.json      the resolved configuration; versions, layout and seed
     metrics.jsonl, tensorboard one line every `run.log_interval` steps
     checkpoints/               see `checkpoint.distributed`
-    quarantine.jsonl           clips that failed while training
+    quarantine.jsonl           clips that failed while training, samples that are left out
 
 Calling it again on the same directory goes on from the newest checkpoint: the same batches, the same numbers as without the stop.
 """
 
 import dataclasses
-import importlib.metadata
-import json
-import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -25,10 +22,9 @@ import torch
 import torch.distributed as dist
 
 from step_megatron.audio.cache import EncodedClip
-from step_megatron.audio.encode_once import EncodedAudio, open_encoded_audio
+from step_megatron.audio.encode_once import EncodedAudio, Prepared, open_encoded_audio
 from step_megatron.audio.index import AudioIndex
 from step_megatron.checkpoint.distributed import latest_checkpoint, load_checkpoint, save_checkpoint
-from step_megatron.config import save, with_absolute_paths
 from step_megatron.config.load import ConfigError
 from step_megatron.config.schema import Config
 from step_megatron.data.loader import MixtureLoader
@@ -36,7 +32,7 @@ from step_megatron.data.micro_batch import MicroBatch
 from step_megatron.data.tokenizer import Tokenizer
 from step_megatron.model.encoder import build_encoder
 from step_megatron.runtime.device import Runtime, initialize, shutdown
-from step_megatron.runtime.flops import device_peak, training_flops
+from step_megatron.runtime.flops import device_peak, encoder_work, precision, training_flops
 from step_megatron.runtime.metrics import MetricsWriter
 from step_megatron.runtime.progress import Progress, get_logger
 from step_megatron.training.batch import TrainingBatch, to_device
@@ -44,6 +40,7 @@ from step_megatron.training.interruption import Interruption
 from step_megatron.training.loop import Trainer, train
 from step_megatron.training.meter import Meter
 from step_megatron.training.optimizer import settled_parameters
+from step_megatron.training.record import check_record, write_record
 from step_megatron.training.state import TrainState, build_state
 
 logger = get_logger(__name__)
@@ -77,14 +74,15 @@ def midtrain(config: Config) -> dict[str, Any]:
         shutdown()
 
 
-def encode(config: Config) -> int:
+def encode(config: Config) -> Prepared:
     """Encode every clip of the audio index (all splits) into the cache, shared over the ranks; every rank calls this.
 
     Returns:
-        Clips that were encoded now.
+        How many clips were encoded and failed now.
 
     Raises:
-        ConfigError: the recipe keeps no cache, so there is nowhere to put them, or names no index.
+        ConfigError: the recipe keeps no cache, so there is nowhere to put them, or names no index or encoder weights.
+        QuarantineLimitExceeded: too many clips cannot be used.
     """
     if config.audio.cache == "off" or not config.data.index:
         raise ConfigError(
@@ -104,19 +102,31 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
     if not config.data.sources:
         raise ConfigError("data.sources is empty; name at least one source: [{name: speech, path: train.jsonl, weight: 1}]")
     tokenizer = load_tokenizer(config)
+    checkpoint = latest_checkpoint(config.run.dir)
+    if checkpoint is not None:
+        check_record(config, runtime)
     index = AudioIndex.load(config.data.index) if config.data.index else None
     loader, validation = _loaders(config, tokenizer, index, runtime)
-    audio = _encoded_audio(config, runtime, index, _passes(config, loader)) if index is not None else None
+    clips = loader.sources.clips + (validation.sources.clips if validation else 0)
+    audio = _encoded_audio(config, runtime, index, _passes(config, loader), clips) if clips else None
     if audio is not None and audio.cache is not None:
         audio.prepare(_clips(loader, validation))
     state = build_state(config, runtime.control_group)
-    step, extra = 0, {}
-    checkpoint = latest_checkpoint(config.run.dir)
+    sources = tuple(dict.fromkeys([*loader.source_names, *(validation.source_names if validation else ())]))
+    meter = Meter(
+        sources,
+        runtime,
+        flops_of(config, state),
+        device_peak(runtime.device, precision(config.megatron.transformer)),
+        encoder_flops=lambda: encoder_work(config.encoder, audio.encoded_frames).forward if audio else 0,
+        samples_left_out=lambda: len(loader.sources.left_out),
+    )
+    step = 0
     if checkpoint is not None:
         step, extra = load_checkpoint(checkpoint, state.model, state.optimizer, state.scheduler)
         loader.load_state_dict(extra["loader"])
+        meter.load_state_dict(extra["meter"])
         logger.info("going on from %s", checkpoint)
-    sources = tuple(dict.fromkeys([*loader.source_names, *(validation.source_names if validation else ())]))
     on_device = partial(_on_device, audio=audio, sources=sources, encoder_width=config.encoder.width, runtime=runtime)
     metrics = MetricsWriter(config.run.dir, config, step)
     return Trainer(
@@ -128,7 +138,7 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
         sources=sources,
         next_batches=lambda: on_device(loader.next_step()),
         validation_batches=_validation_batches(validation, on_device) if validation else None,
-        meter=Meter(sources, runtime, flops_of(config, state), device_peak(runtime.device)),
+        meter=meter,
         save=partial(_save, loader=loader),
         report=metrics.write,
         advance=lambda step, values: None,
@@ -141,11 +151,11 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
 def run(trainer: Trainer) -> None:
     """Train to the end, with a record of the run and a progress line."""
     config, runtime = trainer.config, trainer.runtime
-    if runtime.rank == 0:
-        write_record(config, runtime)
     if trainer.step >= config.training.steps:
         logger.info("%s has all of its %d steps; raise training.steps to go on", config.run.dir, config.training.steps)
         return
+    if runtime.rank == 0:
+        write_record(config, runtime)
     with Progress(config.training.steps - trainer.step, "midtrain", "steps") as bar:
         trainer.advance = lambda step, values: bar.update(1, f"step {step}  loss {values.get('loss', float('nan')):.4f}")
         train(trainer)
@@ -199,30 +209,6 @@ def flops_of(config: Config, state: TrainState) -> Callable[[TrainingBatch], int
     return flops
 
 
-def write_record(config: Config, runtime: Runtime) -> None:
-    """Write `config.yaml` and `run.json` into the run directory."""
-    folder = Path(config.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Evaluation and chat read it from wherever they are started.
-    save(with_absolute_paths(config), folder / "config.yaml")
-    packages = ("step-megatron", "torch", "megatron-core", "numpy", "nvidia-dali-cuda130")
-    record = {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
-        "device": str(runtime.device.type),
-        "backend": runtime.backend,
-        "layout": {name: getattr(runtime, f"{name}_size") for name in ("tp", "pp", "cp", "dp")},
-        "seed": config.run.seed,
-    }
-    (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _on_device(
     micro_batches: list[MicroBatch], audio: EncodedAudio | None, sources: tuple[str, ...], encoder_width: int, runtime: Runtime
 ) -> list[TrainingBatch]:
@@ -238,12 +224,11 @@ def _loaders(
 ) -> tuple[MixtureLoader, MixtureLoader | None]:
     """The training loader, and the validation loader if there is one: one step of it is one measurement."""
     place = (runtime.dp_rank, runtime.dp_size, runtime.device.type == "cuda")
+    quarantine = Path(config.run.dir) / "quarantine.jsonl"
+    training = MixtureLoader(config, tokenizer, index, *place, quarantine=quarantine)
     if not config.data.validation:
-        return MixtureLoader(config, tokenizer, index, *place), None
-    return (
-        MixtureLoader(config, tokenizer, index, *place),
-        MixtureLoader(config, tokenizer, index, *place, validation=True),
-    )
+        return training, None
+    return training, MixtureLoader(config, tokenizer, index, *place, validation=True, quarantine=quarantine)
 
 
 def _validation_batches(
@@ -254,10 +239,10 @@ def _validation_batches(
     return lambda: on_device(micro_batches)
 
 
-def _encoded_audio(config: Config, runtime: Runtime, index: AudioIndex, passes: float) -> EncodedAudio:
-    """The frozen encoder, with its cache if the run has one."""
+def _encoded_audio(config: Config, runtime: Runtime, index: AudioIndex, passes: float, clips: int | None = None) -> EncodedAudio:
+    """The frozen encoder, with its cache if the run has one; arguments as `open_encoded_audio`."""
     encoder = build_encoder(config.encoder, config.audio.encoder_block, config.adaptor.compat, config.run.seed)
-    return open_encoded_audio(config, encoder.to(runtime.device), index, runtime, passes)
+    return open_encoded_audio(config, encoder.to(runtime.device), index, runtime, passes, clips)
 
 
 def _clips(*loaders: MixtureLoader | None) -> list[str]:
@@ -291,6 +276,6 @@ def _save(trainer: Trainer, loader: MixtureLoader) -> None:
             trainer.model,
             trainer.optimizer,
             trainer.scheduler,
-            {"loader": loader.state_dict()},
+            {"loader": loader.state_dict(), "meter": trainer.meter.state_dict()},
             keep=trainer.config.training.keep_checkpoints,
         )

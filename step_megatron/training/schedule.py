@@ -10,6 +10,8 @@ Step s = 1..S uses, with W warmup steps, peak P = `megatron.optimizer.lr`, floor
 
 Weight decay goes through the same object: Megatron's parameter groups only carry a multiplier (0 for biases and norms), and the
 scheduler is what applies it. An optimizer stepped without it would decay them.
+
+On resume only the step comes from the checkpoint: the schedule is that of this run's settings, so a run may be made longer.
 """
 
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
@@ -48,6 +50,8 @@ def build_scheduler(
         wd_incr_style="constant",
         wsd_decay_steps=decay,
         lr_wsd_decay_style="linear",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
 
 

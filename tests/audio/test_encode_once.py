@@ -175,7 +175,7 @@ def test_a_clip_that_changed_since_validation_fails_by_itself(tmp_path):
 def test_the_real_encoder_gives_the_same_bits_in_any_company(corpus, tmp_path, runtime):
     """Through the configuration: two passes or more keep a cache, one pass encodes inside the step."""
     folder, names = corpus
-    shape = EncoderConfig(mels=80, width=64, layers=2, heads=2, ffn_width=128)
+    shape = EncoderConfig(mels=80, width=64, layers=2, heads=2, ffn_width=128, weights="random")
     config = Config(run=RunConfig(dir=str(tmp_path / "run")), encoder=shape, audio=AudioConfig(cache_dir=str(tmp_path / "cache")))
     index = AudioIndex.load(folder)
 
@@ -213,5 +213,61 @@ def test_too_many_failures_stop_the_run(tmp_path, runtime):
         (tmp_path / name).unlink()
     audio = EncodedAudio(CountingEncoder(), LogMelFrontEnd(80), AudioIndex.load(tmp_path), None, runtime, quarantine_limit=0.25)
     assert audio.fetch(names[1:])[names[1]] is None
-    with pytest.raises(QuarantineLimitExceeded, match=r"2 of the index's 4 clips"):
+    with pytest.raises(QuarantineLimitExceeded, match=r"2 of 4 clips cannot be used, data.quarantine_limit allows 25.0%"):
         audio.fetch(names)
+
+
+def test_a_folder_that_is_not_there_stops_the_preparation(tmp_path, runtime):
+    """As when the audio disk is not mounted: nothing of it is kept, and the share is that of the clips in use."""
+    from audio.audio_files import CountingEncoder
+
+    from step_megatron.audio.cache import EncodedCache
+    from step_megatron.audio.encode_once import EncodedAudio
+    from step_megatron.audio.front_end import LogMelFrontEnd
+
+    names = [write_voice(tmp_path / f"{i}.wav", 0.5, seed=i).name for i in range(8)]
+    validate(names, tmp_path, tmp_path, threads=1)
+    (tmp_path / names[0]).unlink()
+
+    def prepare(**options):
+        cache = EncodedCache(tmp_path / "cache", "one", 1 << 30)
+        audio = EncodedAudio(CountingEncoder(), LogMelFrontEnd(80), AudioIndex.load(tmp_path), cache, runtime, **options)
+        return audio.prepare(names, progress=False)
+
+    assert prepare(quarantine_limit=0.125) == (7, 1)
+    assert prepare(quarantine_limit=0.125) == (0, 1)
+    with pytest.raises(QuarantineLimitExceeded, match="1 of 4 clips cannot be used"):
+        prepare(quarantine_limit=0.125, clips=4)
+
+
+def prepare_without_a_clip(rank, world_size, *, folder, names):
+    from audio.encode_jobs import open_audio
+
+    audio, _, _ = open_audio(folder, limit=0.1)
+    try:
+        return audio.prepare(names, progress=False)
+    except QuarantineLimitExceeded as error:
+        return str(error)
+
+
+def test_every_rank_learns_of_the_failures_of_a_preparation(worker_pool, tmp_path):
+    names = [write_voice(tmp_path / f"{i}.wav", 0.5 + 0.1 * i, seed=i).name for i in range(4)]
+    validate(names, tmp_path, tmp_path, threads=1)
+    (tmp_path / names[2]).unlink()
+    messages = worker_pool(2).run(prepare_without_a_clip, {"folder": str(tmp_path), "names": names})
+    assert messages[0] == messages[1] and "1 of 4 clips cannot be used" in messages[0]
+
+
+def test_a_fetch_says_what_it_encoded(corpus, runtime):
+    """50 Hz positions, half the mel frames, of what was encoded inside the step alone."""
+    from audio.audio_files import CountingEncoder
+
+    from step_megatron.audio.encode_once import EncodedAudio
+    from step_megatron.audio.front_end import LogMelFrontEnd
+
+    folder, names = corpus
+    audio = EncodedAudio(CountingEncoder(), LogMelFrontEnd(80), AudioIndex.load(folder), None, runtime)
+    audio.fetch(names[:2])
+    assert sorted(audio.encoded_frames) == [15, 16]
+    audio.fetch([])
+    assert audio.encoded_frames == ()

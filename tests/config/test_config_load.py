@@ -68,6 +68,7 @@ def test_what_is_saved_loads_back_equal(tmp_path):
 def test_absolute_paths_mean_the_same_in_another_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = ["data.sources=[{name: a, path: b.jsonl, weight: 2}]", "run.dir=runs/x", "tokenizer.path=/t", "data.index=../i"]
+    settings.append("encoder.weights=random")
     config = with_absolute_paths(load_config(None, settings))
     assert (config.run.dir, config.tokenizer.path, config.data.index, config.data.sources[0].path) == (
         str(tmp_path / "runs/x"),

@@ -154,6 +154,32 @@ def test_position_of_other_data_is_refused(make, config, data_set):
         make().load_state_dict(state)
 
 
+def test_other_samples_under_the_same_names_and_sizes_are_refused_by_their_cause(make, config, data_set, full, tmp_path):
+    config.data.quarantine_limit = 0.1
+    index = {address: clip for address, clip in data_set.index.items() if address != "audio/3.wav"}
+    state = json.loads(json.dumps(make(index=index).state_dict()))
+    make(index=index).load_state_dict(state)
+
+    def refused(message, **options):
+        with pytest.raises(DataError, match=f"the saved position is of other data: {message}.*start a new run from the weights"):
+            make(**options).load_state_dict(state)
+
+    other = {address: clip for address, clip in data_set.index.items() if address != "audio/4.wav"}
+    refused("other samples of source 'speech' are usable, though its file is the same .was the audio index made", index=other)
+    with pytest.raises(DataError, match="the vocabulary at tokenizer.path has changed"):
+        MixtureLoader(config, full, index).load_state_dict(state)
+    changed = copy.deepcopy(config)
+    changed.tokenizer.template, changed.adaptor.kind = "chatml", "linear"
+    refused("tokenizer.template was step-audio, is chatml; adaptor.kind was step, is linear", index=index, config=changed)
+    changed = copy.deepcopy(config)
+    changed.data.sources[1].path = str(tmp_path / "text.jsonl")
+    lines = (data_set.folder / "text.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "text.jsonl").write_text("".join(lines))
+    make(index=index, config=changed).load_state_dict(state)
+    (tmp_path / "text.jsonl").write_text("".join(lines[::-1]))
+    refused("the file of source 'reasoning' has changed", index=index, config=changed)
+
+
 def test_layout_pads_segments_and_rows(make, config):
     config.megatron.transformer = {
         "context_parallel_size": 2,
@@ -172,8 +198,8 @@ def test_quarantined_clips_are_left_out_and_counted(make, config, data_set):
     index = {address: clip for address, clip in data_set.index.items() if address not in ("audio/3.wav", "audio/8.wav")}
     index["audio/9.wav"] = SimpleNamespace(num_samples=320)
     loader = make(index=index)
-    assert loader.dropped == {"clip not in the audio index": 3}
-    assert loader.quarantined["clip-3"] == "clip not in the audio index: audio/3.wav; quarantine.jsonl says why"
+    assert loader.sources.left_out == {(0, row): "clip not in the audio index" for row in (3, 8, 9)}
+    assert loader.sources.clips == 57
     names = ids([loader.next_step() for _ in range(12)])
     assert not set(names) & {"clip-3", "clip-8", "clip-9"} and "clip-4" in names
     config.data.quarantine_limit = 0.049
@@ -181,20 +207,55 @@ def test_quarantined_clips_are_left_out_and_counted(make, config, data_set):
         make(index=index)
 
 
-def test_too_long_and_untrained_samples_are_left_out_by_name(make, config, tmp_path):
+def test_too_long_and_untrained_samples_are_left_out_by_name(make, config, tmp_path, caplog):
     def sample(name: str, words: int, train: bool = True) -> Conversation:
         return Conversation(name, "s", (Turn("human", (Text("Q"),)), Turn("assistant", (Text("a" * words),), train=train)))
 
     write_conversations(tmp_path / "a.jsonl", [sample("good", 50), sample("long", 2000), sample("idle", 5, train=False)])
     config.data.sources = [SourceConfig("s", str(tmp_path / "a.jsonl"))]
-    loader = make(index=None)
-    names = ids([loader.next_step() for _ in range(3)])
-    assert set(names) == {"good"}
-    assert loader.dropped == {"longer than a micro-batch": 1, "no trained token": 1}
-    assert "2026 tokens, budget 1024; raise data.tokens_per_micro_batch" in loader.quarantined["long"]
+    quarantine = tmp_path / "run" / "quarantine.jsonl"
+    config.data.quarantine_limit = 0.7
+    for _ in ("first start", "second start"):
+        loader = make(index=None, quarantine=quarantine)
+        caplog.clear()
+        assert set(ids([loader.next_step() for _ in range(3)])) == {"good"}
+        assert loader.sources.left_out == {(0, 1): "longer than a micro-batch", (0, 2): "no trained token"}
+        assert len([record for record in caplog.records if "sample long of source s is left out" in record.message]) == 1
+    entries = {entry["id"]: entry for entry in map(json.loads, quarantine.read_text().splitlines())}
+    assert len(quarantine.read_text().splitlines()) == 2 and set(entries) == {"long", "idle"}
+    assert entries["long"]["source"] == "s" and entries["long"]["reason"].endswith("2026 tokens, budget 1024")
+    assert entries["long"]["remedy"].startswith("raise data.tokens_per_micro_batch")
+    config.data.quarantine_limit = 0.66
+    with pytest.raises(
+        DataError, match=r"2 of the 3 samples of source 's' cannot be trained on, more than data.quarantine_limit"
+    ):
+        make(index=None).next_step()
+    config.data.quarantine_limit = 1.0
     write_conversations(tmp_path / "a.jsonl", [sample("long", 2000)])
     with pytest.raises(DataError, match="no sample of 's' has a trained token and at most 1024 tokens"):
         make(index=None).next_step()
+
+
+def test_what_is_left_out_is_part_of_the_position(make, config, tmp_path):
+    """So that a resumed run counts as the uninterrupted one does; with another budget it is found anew."""
+    made = [
+        Conversation(f"{i}", "s", (Turn("human", (Text("Q"),)), Turn("assistant", (Text("a" * 90 * i),)))) for i in range(1, 17)
+    ]
+    write_conversations(tmp_path / "a.jsonl", made)
+    config.data.sources = [SourceConfig("s", str(tmp_path / "a.jsonl"))]
+    config.data.quarantine_limit = 0.5
+    loader = make(index=None)
+    loader.next_step()
+    assert set(loader.sources.left_out) == {(0, row) for row in (11, 12, 13, 14, 15)}
+    state = json.loads(json.dumps(loader.state_dict()))
+    resumed = make(index=None)
+    resumed.load_state_dict(state)
+    assert resumed.sources.left_out == loader.sources.left_out
+    config.data.tokens_per_micro_batch = 2048
+    roomier = make(index=None)
+    roomier.load_state_dict(state)
+    roomier.next_step()
+    assert roomier.sources.left_out == {}
 
 
 def test_only_good_sample_of_a_source_is_found_across_epochs(make, config, tmp_path):
@@ -203,6 +264,7 @@ def test_only_good_sample_of_a_source_is_found_across_epochs(make, config, tmp_p
     made.append(Conversation("good", "s", (Turn("human", (Text("Q"),)), Turn("assistant", (Text("A"),)))))
     write_conversations(tmp_path / "a.jsonl", made)
     config.data.sources = [SourceConfig("s", str(tmp_path / "a.jsonl"))]
+    config.data.quarantine_limit = 1.0
     assert set(ids([make(index=None).next_step()])) == {"good"}
 
 

@@ -76,7 +76,7 @@ def trained(tokenizer_dir, tmp_path_factory) -> SimpleNamespace:
         [
             f"run={{dir: {run}, threads: 1, seed: 3}}",
             "model={preset: tiny, vocabulary_size: 320, max_positions: 512}",
-            "encoder={mels: 80, width: 64, layers: 1, heads: 1, ffn_width: 128}",
+            "encoder={mels: 80, width: 64, layers: 1, heads: 1, ffn_width: 128, weights: random}",
             "adaptor.width=64",
             f"tokenizer.path={tokenizer_dir}",
             f"data.index={data}",

@@ -14,6 +14,7 @@ from step_megatron.runtime.flops import (
     encoder_work,
     model_flops_utilisation,
     peak_flops,
+    precision,
     training_flops,
 )
 
@@ -117,9 +118,8 @@ def test_training_adds_up_its_parts():
     config = small_config()
     assert DecoderShape.of(config) == SHAPE
     decoder, adaptor = decoder_work(SHAPE, [9, 4]), adaptor_work(ENCODER, config.adaptor, 24, [6])
-    encoder = encoder_work(ENCODER, [12])
     assert training_flops(config, [9, 4]) == decoder.training()
-    assert training_flops(config, [9, 4], [6], [12]) == 3 * decoder.forward + 2 * adaptor.forward + encoder.forward
+    assert training_flops(config, [9, 4], [6]) == 3 * decoder.forward + 2 * adaptor.forward
     frozen = training_flops(config, [9, 4], [6], decoder_trained=False)
     assert frozen == 2 * decoder.linear + 3 * decoder.attention + 2 * adaptor.forward
     with pytest.raises(ValueError, match="num_layers is not set"):
@@ -150,6 +150,14 @@ def test_published_sizes():
 def test_device_peaks(name, bf16, fp8):
     assert peak_flops(name) == bf16
     assert peak_flops(name, "fp8") == fp8
+
+
+@pytest.mark.parametrize(
+    "transformer, expected",
+    [({}, None), ({"bf16": True}, "bf16"), ({"fp16": True}, "bf16"), ({"bf16": True, "fp8": "hybrid"}, "fp8")],
+)
+def test_the_peak_is_that_of_the_precision_in_use(transformer, expected):
+    assert precision(transformer) == expected
 
 
 def test_utilisation_is_unknown_without_a_peak():

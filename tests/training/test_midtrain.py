@@ -1,15 +1,19 @@
 """Mid-training from a configuration: it learns, stops on a signal, and goes on as if it had never stopped."""
 
 import json
+import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from training.toy_run import encode_clips, train, write_data
+from training.toy_run import encode_clips, overrides, train, write_data
 
 from step_megatron.checkpoint.distributed import checkpoint_root, latest_checkpoint
-from step_megatron.config import load_config
+from step_megatron.config import ConfigError, load_config
 from step_megatron.runtime.metrics import MetricsWriter, read_metrics
 from step_megatron.training import midtrain
+from step_megatron.training.record import check_record
 
 # What depends on the clock or the machine, not on the training.
 CLOCK = ("time", "per_second", "step_seconds", "memory")
@@ -30,6 +34,10 @@ def uninterrupted(worker_pool, data, tmp_path_factory) -> tuple[Path, dict]:
 
 def lines(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if not any(word in k for word in CLOCK)} for line in read_metrics(run_dir)]
+
+
+def operations(run_dir: Path) -> list[float]:
+    return [line["model_flops_per_second"] * line["step_seconds"] for line in read_metrics(run_dir)]
 
 
 def test_a_run_leaves_its_record_and_learns(uninterrupted):
@@ -70,21 +78,82 @@ def test_a_signal_to_one_rank_stops_all_and_another_layout_goes_on(worker_pool, 
         assert line["loss"] == pytest.approx(reference["loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize("stop", [2, 3, 5])
+def test_lines_cover_the_steps_before_a_stop_too(stop, worker_pool, data, tmp_path):
+    extra = ("run.log_interval=4", "training.validation_interval=0")
+    for name, signal_at in (("whole", 0), ("stopped", stop)):
+        worker_pool(1).run(train, {"data": data, "run_dir": str(tmp_path / name), "signal_at": signal_at, "extra": extra})
+    worker_pool(1).run(train, {"data": data, "run_dir": str(tmp_path / "stopped"), "extra": extra})
+    assert [line["step"] for line in lines(tmp_path / "stopped")] == [4, 6]
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+
+
+def test_a_longer_run_follows_the_schedule_of_its_own_settings(worker_pool, data, uninterrupted, tmp_path):
+    """Six more steps after the end, at another learning rate: those of a run that has twelve from the start."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], run_dir)
+    extra = ("training.steps=12", "megatron.optimizer.lr=5e-3")
+    assert worker_pool(1).run(train, {"data": data, "run_dir": str(run_dir), "extra": extra})[0]["steps"] == 12
+    rates = {line["step"]: line["learning_rate"] for line in lines(run_dir)}
+    for step in range(7, 13):
+        assert rates[step] == pytest.approx(5e-3 * (1 + math.cos(math.pi * (step - 2) / 10)) / 2, abs=1e-12), step
+    assert rates[6] == 0.0 and load_config(run_dir / "config.yaml").training.steps == 12
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "model.rotary_base=500.0",
+        "adaptor.width=32",
+        "encoder.layers=2",
+        "tokenizer.template=chatml",
+        "megatron.transformer.layernorm_epsilon=1e-3",
+    ],
+)
+def test_a_run_does_not_go_on_with_another_model(setting, data, uninterrupted):
+    config = load_config(None, [*overrides(data, str(uninterrupted[0])), setting])
+    with pytest.raises(
+        ConfigError, match=rf"{setting.partition('=')[0]} is .*, but this run was made with .*restore the setting"
+    ):
+        check_record(config, SimpleNamespace(rank=0))
+
+
+def test_what_a_resumed_run_changes_is_named(data, uninterrupted, caplog):
+    config = load_config(None, [*overrides(data, str(uninterrupted[0])), "training.steps=8", "model.layers=torch"])
+    check_record(config, SimpleNamespace(rank=0))
+    assert sorted(record.message for record in caplog.records if record.levelname == "WARNING") == [
+        "going on with model.layers='torch', it was 'auto' until now",
+        "going on with training.steps=8, it was 6 until now",
+    ]
+
+
 def test_encoding_ahead_leaves_nothing_to_encode(worker_pool, data, uninterrupted, tmp_path):
     extra = ("audio.cache='on'", f"audio.cache_dir={tmp_path}/cache")
-    assert worker_pool(2).run(encode_clips, {"data": data, "run_dir": str(tmp_path), "extra": extra}) == [18, 18]
-    assert worker_pool(1).run(encode_clips, {"data": data, "run_dir": str(tmp_path), "extra": extra}) == [0]
+    assert worker_pool(2).run(encode_clips, {"data": data, "run_dir": str(tmp_path), "extra": extra}) == [(18, 0), (18, 0)]
+    assert worker_pool(1).run(encode_clips, {"data": data, "run_dir": str(tmp_path), "extra": extra}) == [(0, 0)]
     streamed = ("audio.cache='off'",)
     for name, settings in (("cached", extra), ("streamed", streamed)):
         worker_pool(1).run(train, {"data": data, "run_dir": str(tmp_path / name), "extra": settings})
         assert lines(tmp_path / name) == lines(uninterrupted[0]), name
+    # What is encoded inside the step is work of the step, whichever rank does it.
+    tp2 = (*streamed, "megatron.transformer.tensor_model_parallel_size=2")
+    worker_pool(2).run(train, {"data": data, "run_dir": str(tmp_path / "tp2"), "extra": tp2})
+    cached, alone, shared = (operations(tmp_path / name) for name in ("cached", "streamed", "tp2"))
+    assert shared == pytest.approx(alone, rel=1e-9) and all(more > fewer for more, fewer in zip(alone, cached, strict=True))
 
 
 def test_a_finished_run_is_left_alone(worker_pool, data, uninterrupted):
     run_dir, _ = uninterrupted
-    before = (run_dir / "metrics.jsonl").read_bytes()
-    again = worker_pool(1).run(train, {"data": data, "run_dir": str(run_dir)})[0]
-    assert again["steps"] == 6 and (run_dir / "metrics.jsonl").read_bytes() == before
+    files = [run_dir / name for name in ("metrics.jsonl", "config.yaml", "run.json")]
+    before = [file.read_bytes() for file in files]
+    extra = ("training.steps=5", "megatron.optimizer.lr=3e-3")
+    again = worker_pool(1).run(train, {"data": data, "run_dir": str(run_dir), "extra": extra})[0]
+    assert again["steps"] == 6 and [file.read_bytes() for file in files] == before
+
+
+def test_text_alone_needs_no_encoder(worker_pool, data, tmp_path):
+    text = (f"data.sources=[{{name: sums, path: {data}/sums.jsonl}}]", "data.validation=[]", "encoder.weights=''")
+    assert worker_pool(1).run(train, {"data": data, "run_dir": str(tmp_path), "extra": text})[0]["steps"] == 6
 
 
 def test_metrics_are_closed_whatever_ends_the_run(data, uninterrupted, tmp_path, monkeypatch):
@@ -104,6 +173,7 @@ def test_metrics_are_closed_whatever_ends_the_run(data, uninterrupted, tmp_path,
     ("extra", "message"),
     [
         (("data.sources=[]",), "data.sources is empty"),
+        (("encoder.weights=''",), "encoder.weights is not set; give a folder"),
         (("tokenizer.path=''",), "tokenizer.path is not set"),
         (("model.vocabulary_size=256",), "model.vocabulary_size=256 is smaller than"),
         (("megatron.optimizer.lr=null",), "megatron.optimizer.lr is not set"),

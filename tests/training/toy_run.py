@@ -50,7 +50,7 @@ def overrides(data: str, run_dir: str) -> list[str]:
     return [
         f"run={{dir: {run_dir}, threads: 1, seed: 3, log_interval: 1, tensorboard: false}}",
         "model={preset: tiny, vocabulary_size: 320, max_positions: 512}",
-        "encoder={mels: 80, width: 64, layers: 1, heads: 1, ffn_width: 128}",
+        "encoder={mels: 80, width: 64, layers: 1, heads: 1, ffn_width: 128, weights: random}",
         "adaptor.width=64",
         f"tokenizer.path={data}/tokenizer",
         f"data={{index: {data}, tokens_per_micro_batch: 256, packing_window: 24}}",
