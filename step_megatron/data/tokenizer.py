@@ -11,6 +11,7 @@ Specials exist only as ids: `encode` never makes one, whatever the text says. Te
 """
 
 import binascii
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -144,6 +145,12 @@ class Tokenizer:
         if self._qwen_ids is not None:
             qwen = self._qwen_ids[number] if 0 <= number < self.size else -1
         return self._bpe.decode_single_token_bytes(qwen) if 0 <= qwen < QWEN_RANKS else "\ufffd".encode()
+
+    def fingerprint(self) -> str:
+        """Hash of all that the ids of a text depend on."""
+        ids = json.dumps([sorted(self.specials.items()), None if self._qwen_ids is None else list(self._qwen_ids)])
+        ranks = self._bpe.decode_tokens_bytes(range(QWEN_RANKS))
+        return hashlib.sha256(b"\0".join([ids.encode(), *ranks])).hexdigest()
 
     def save(self, directory: str | Path, limit: int | None = None) -> None:
         """Write the id map of a compact vocabulary to `directory`/compact.json, atomically; `limit` is what it was made with."""
