@@ -188,6 +188,7 @@ setup(
             "hypothesis>=6.100,<7",
             "transformers>=5.20,<6",
             "scikit-learn>=1.5,<2",
+            "triton>=3.6,<3.9",
             "ruff>=0.9,<0.18",
         ],
     },

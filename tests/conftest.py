@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 for _path in (ROOT / "tests", ROOT):
     if str(_path) not in sys.path:
         sys.path.insert(0, str(_path))
+
+# Triton's kernels run in its interpreter here, which is decided when they are defined.
+if not os.environ["CUDA_VISIBLE_DEVICES"]:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    # Without it bfloat16 and fp8 are silently wrong in the interpreter.
+    from support.triton_interpreter import install
+
+    install()
 
 # The same examples on every run: a failure is repeatable, and a slow machine is not a failure.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
