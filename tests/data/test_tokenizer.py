@@ -71,6 +71,17 @@ def test_compact_does_not_depend_on_the_order_of_the_corpus(tiktoken_path, tmp_p
     assert one.size == two.size
 
 
+def test_the_fingerprint_is_of_the_ids_that_texts_get(full, tiktoken_path, tmp_path):
+    once = build_compact(["What is said"], tiktoken_path, tmp_path / "once", limit=300)
+    other = build_compact(["said said"], tiktoken_path, tmp_path / "other", limit=300)
+    (tmp_path / "added").mkdir()
+    (tmp_path / "added/qwen.tiktoken").symlink_to(tiktoken_path)
+    (tmp_path / "added/added_tokens.json").write_text('{"<|BOT|>": 151700}')
+    added = Tokenizer.load(tmp_path / "added")
+    assert once.fingerprint() == Tokenizer.load(tmp_path / "once").fingerprint()
+    assert len({each.fingerprint() for each in (once, other, full, added)}) == 4
+
+
 def test_saved_directory_is_complete(compact, tiktoken_path, tmp_path):
     build_compact(["Hello there"], tiktoken_path, tmp_path / "a")
     loaded = Tokenizer.load((tmp_path / "a").rename(tmp_path / "moved"))
