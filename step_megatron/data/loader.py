@@ -23,6 +23,7 @@ from step_megatron.runtime.progress import get_logger
 __all__ = ["DataError", "MicroBatch", "MixtureLoader", "drop_failed"]
 
 TOO_LONG = "longer than a micro-batch"
+TOO_MANY_POSITIONS = "longer than the model's positions"
 NOT_TRAINED = "no trained token"
 
 _log = get_logger(__name__)
@@ -89,6 +90,7 @@ class MixtureLoader:
         self.window_size, self.seed = max(1, config.data.packing_window), config.run.seed
         self.padding = _padding(config)
         self.budget = config.data.tokens_per_micro_batch // self.padding.row_multiple * self.padding.row_multiple
+        self.max_positions = config.model.max_positions
         self.break_even = _break_even(config.megatron.transformer)
         has_tokens = None if index is None else self._has_tokens
         self.sources = TrainingSources(configured, config.data.index, has_tokens, config.data.quarantine_limit, quarantine)
@@ -180,6 +182,9 @@ class MixtureLoader:
             reason = f"{TOO_LONG}: {self._length(sample)} tokens, budget {self.budget}"
             remedy = "raise data.tokens_per_micro_batch or split the conversation"
             self.sources.leave_out(source, index, sample.id, reason, remedy)
+        elif self._length(sample) > self.max_positions:
+            reason = f"{TOO_MANY_POSITIONS}: {self._length(sample)} tokens, model.max_positions {self.max_positions}"
+            self.sources.leave_out(source, index, sample.id, reason, "raise model.max_positions or split the conversation")
         elif sample.trained_tokens == 0:
             self.sources.leave_out(source, index, sample.id, NOT_TRAINED, "give it an assistant turn with train, or remove it")
         else:

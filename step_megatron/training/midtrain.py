@@ -108,7 +108,7 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
     index = AudioIndex.load(config.data.index) if config.data.index else None
     loader, validation = _loaders(config, tokenizer, index, runtime)
     clips = loader.sources.clips + (validation.sources.clips if validation else 0)
-    audio = _encoded_audio(config, runtime, index, _passes(config, loader), clips) if clips else None
+    audio = _encoded_audio(config, runtime, index, _passes(config, loader, validation), clips) if clips else None
     if audio is not None and audio.cache is not None:
         audio.prepare(_clips(loader, validation))
     state = build_state(config, runtime.control_group)
@@ -257,13 +257,18 @@ def _clips(*loaders: MixtureLoader | None) -> list[str]:
     return list(dict.fromkeys(clip for conversation in conversations for clip in conversation.audio_addresses()))
 
 
-def _passes(config: Config, loader: MixtureLoader) -> float:
-    """About how often the run sees its data, the same on every rank: samples of the first step times steps, over all samples."""
+def _passes(config: Config, loader: MixtureLoader, validation: MixtureLoader | None) -> float:
+    """About how often the run hears a clip, the same on every rank: clips of the first step times steps, over all clips.
+
+    Validation hears the same clips at every measurement.
+    """
     start = loader.state_dict()
-    samples = sum(len(batch.sample_ids) for batch in loader.next_step()) * loader.dp_size
+    heard = sum(len({span.address for span in batch.audio}) for batch in loader.next_step()) * loader.dp_size
     loader.load_state_dict(start)
-    total = sum(loader.sources.size(source) for source in range(len(loader.source_names)))
-    passes = [samples * config.training.steps / total]
+    passes = [heard * config.training.steps / max(1, loader.sources.clips)]
+    if validation is not None and validation.sources.clips and config.training.validation_interval:
+        passes.append(config.training.steps / config.training.validation_interval)
+    passes = [max(passes)]
     dist.broadcast_object_list(passes)
     return passes[0]
 

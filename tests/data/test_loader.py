@@ -207,6 +207,16 @@ def test_quarantined_clips_are_left_out_and_counted(make, config, data_set):
         make(index=index)
 
 
+def test_no_sample_is_longer_than_the_models_positions(make, config, tmp_path):
+    turns = [(Turn("human", (Text("Q"),)), Turn("assistant", (Text("a" * words),))) for words in (50, 400)]
+    write_conversations(tmp_path / "a.jsonl", [Conversation(str(i), "s", each) for i, each in enumerate(turns)])
+    config.data.sources = [SourceConfig("s", str(tmp_path / "a.jsonl"))]
+    config.data.quarantine_limit, config.model.max_positions = 0.5, 300
+    loader = make(index=None)
+    assert set(ids([loader.next_step() for _ in range(3)])) == {"0"}
+    assert loader.sources.left_out == {(0, 1): "longer than the model's positions"}
+
+
 def test_too_long_and_untrained_samples_are_left_out_by_name(make, config, tmp_path, caplog):
     def sample(name: str, words: int, train: bool = True) -> Conversation:
         return Conversation(name, "s", (Turn("human", (Text("Q"),)), Turn("assistant", (Text("a" * words),), train=train)))

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 from training.toy_run import encode_clips, overrides, train, write_data
 
+from step_megatron.audio.index import AudioIndex
 from step_megatron.checkpoint.distributed import checkpoint_root, latest_checkpoint
 from step_megatron.config import ConfigError, load_config
+from step_megatron.runtime.device import initialize, shutdown
 from step_megatron.runtime.metrics import MetricsWriter, read_metrics
 from step_megatron.training import midtrain
 from step_megatron.training.record import check_record
@@ -183,3 +185,19 @@ def test_metrics_are_closed_whatever_ends_the_run(data, uninterrupted, tmp_path,
 def test_a_bad_setting_is_named(extra, message, data, tmp_path):
     with pytest.raises(ValueError, match=message):
         train(0, 1, data=data, run_dir=str(tmp_path), extra=extra)
+
+
+def test_passes_count_what_is_heard_not_what_is_read(data, tmp_path):
+    """`audio.cache=auto` follows them: text-only rows, however many, do not make a run of many epochs look like one pass."""
+    config = load_config(None, [*overrides(data, str(tmp_path)), "training.steps=100", "training.validation_interval=0"])
+    runtime = initialize(config)
+    try:
+        tokenizer, index = midtrain.load_tokenizer(config), AudioIndex.load(data)
+        loader, validation = midtrain._loaders(config, tokenizer, index, runtime)
+        heard = sum(len({span.address for span in batch.audio}) for batch in loader.next_step())
+        loader, _ = midtrain._loaders(config, tokenizer, index, runtime)
+        assert midtrain._passes(config, loader, validation) == pytest.approx(heard * 100 / 12)
+        config.training.validation_interval = 1
+        assert midtrain._passes(config, loader, validation) >= 100
+    finally:
+        shutdown()
