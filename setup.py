@@ -156,9 +156,12 @@ setup(
     description="Train audio language models on Megatron-Core: the system of the Step-Audio-R1.5 report",
     license="Apache-2.0",
     python_requires=">=3.11,<3.12",
-    packages=find_packages(include=["step_megatron", "step_megatron.*"]) + ["step_kernels"],
+    packages=find_packages(include=["step_megatron", "step_megatron.*"]) + ["step_kernels", "step_kernels.bench"],
     package_dir={"step_kernels": "kernels/step_kernels"},
-    package_data={"step_megatron": ["config/presets/*.yaml", "data/fetch/sources.yaml"]},
+    package_data={
+        "step_megatron": ["config/presets/*.yaml", "data/fetch/sources.yaml"],
+        "step_kernels.bench": ["asterisk_lengths.json"],
+    },
     ext_modules=[Extension("step_kernels._native", []), *host_extension()],
     cmdclass={"build_ext": BuildNative},
     install_requires=[
@@ -188,6 +191,7 @@ setup(
             "hypothesis>=6.100,<7",
             "transformers>=5.20,<6",
             "scikit-learn>=1.5,<2",
+            "matplotlib>=3.8,<4",
             "triton>=3.6,<3.9",
             "ruff>=0.9,<0.18",
         ],

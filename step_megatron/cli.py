@@ -14,6 +14,18 @@ from pathlib import Path
 
 from step_megatron.errors import UserError
 
+# The ops of `step_kernels.bench.OPS`, which is not imported for a list of commands: it brings torch.
+BENCHED_OPS = (
+    "pool-norm-downsample",
+    "conv-downsample-gelu",
+    "merge-audio",
+    "gae",
+    "audio-attention",
+    "causal-attention",
+    "paged-attention",
+    "linear-cross-entropy",
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
@@ -138,11 +150,12 @@ def _add_chat(commands) -> None:
 
 
 def _add_bench(commands) -> None:
-    parser = _command(commands, "bench", _bench, "time a part against a named peer, side by side in one run")
-    parser.add_argument("name", choices=("front-end", "encoder", "train-step"))
+    parser = _command(commands, "bench", _bench, "time a part or an op against its peers, side by side in one run")
+    parser.add_argument("name", choices=("front-end", "encoder", "train-step", *BENCHED_OPS))
     parser.add_argument("--data", type=Path, default=_default_data())
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, help="rounds (default: 5, of an op 15)")
     parser.add_argument("--clips", type=int, help="clips in the sample")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of an op's CSV and plot")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
 
 
@@ -237,13 +250,18 @@ def _bench(options) -> None:
     import importlib
     import importlib.util
 
-    if importlib.util.find_spec("transformers") is None:
+    if options.name in BENCHED_OPS:
+        from step_kernels.bench import run
+
+        result = run(options.name, options.repeats or 15, options.out)
+    elif importlib.util.find_spec("transformers") is None:
         raise ImportError(
-            "bench compares with transformers, which is not installed; run: pip install 'step-megatron[dev]' "
+            f"bench {options.name} compares with transformers, which is not installed; run: pip install 'step-megatron[dev]' "
             "(in a checkout: pip install -e '.[dev]')"
         )
-    module = importlib.import_module(f"step_megatron.benchmarks.{options.name.replace('-', '_')}")
-    result = module.run(options)
+    else:
+        options.repeats = options.repeats or 5
+        result = importlib.import_module(f"step_megatron.benchmarks.{options.name.replace('-', '_')}").run(options)
     if options.json:
         print(json.dumps(result))
 

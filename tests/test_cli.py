@@ -112,6 +112,12 @@ def test_bench_without_its_peer_says_what_to_install(capsys, monkeypatch):
     assert status == 2 and err.startswith("error: ") and "pip install" in err and "[dev]" in err
 
 
+def test_bench_offers_every_op_that_has_cases():
+    from step_kernels.bench import OPS
+
+    assert cli.BENCHED_OPS == tuple(OPS)
+
+
 def test_a_manifest_becomes_conversations(capsys, tmp_path):
     manifest = tmp_path / "calls.json"
     manifest.write_text(json.dumps({"audio_filepath": "one.wav", "duration": 1.0, "text": "hello"}) + "\n")

@@ -1,0 +1,107 @@
+"""Who takes part: the backends of an op that run here, eager torch and torch.compile of the same function."""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+
+from step_kernels import registry
+from step_kernels.bench.harness import Absent, Contestant, Work
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[None]:
+    """Run ops by one backend."""
+    before = os.environ.get(registry.VARIABLE)
+    os.environ[registry.VARIABLE] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[registry.VARIABLE]
+        else:
+            os.environ[registry.VARIABLE] = before
+
+
+def ours(op: str, work: Work, device: torch.device) -> list[Contestant]:
+    """A contestant for every backend of an op that runs on `device`, the preferred one first; torch is the eager one's."""
+    if op not in registry.registered():
+        return [Contestant("ours", _refuse(f"step_kernels has no op {op}"))]
+    backends = registry.backends_of(op, device)
+    live = [name for name, reason in backends.items() if not reason and name != "torch"]
+    if not live:
+        why = "; ".join(reason for reason in backends.values() if reason) or "no backend but torch is written"
+        return [Contestant("ours", _refuse(f"{op}: {why}"))]
+    return [Contestant(f"ours ({name})", lambda name=name: _by(name, work)) for name in live]
+
+
+def eager(work: Work, limit: float | None, **more) -> Contestant:
+    """Plain torch."""
+    return Contestant("eager", lambda: work, limit, **more)
+
+
+def compiled(
+    function: Callable, arguments: Sequence, limit: float | None, wrap: Callable[[Callable], Work] | None = None, **more
+) -> Contestant:
+    """`torch.compile` of a function of tensors and numbers; `wrap(function)` gives the work where that is not a mere call."""
+
+    def prepare() -> Work:
+        fast = torch.compile(function, fullgraph=True, dynamic=False)
+        work = wrap(fast) if wrap else lambda: fast(*arguments)
+        try:
+            work()
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise Absent(f"torch.compile: {str(error).splitlines()[0]}") from error
+        return work
+
+    return Contestant("torch.compile", prepare, limit, **more)
+
+
+def library(name: str, module: str, make: Callable[[], Work], device: torch.device, limit: float | None = None) -> Contestant:
+    """A library's kernel, on a GPU machine where the library is installed."""
+
+    def prepare() -> Work:
+        if device.type != "cuda":
+            raise Absent("runs on a GPU only")
+        if find_spec(module) is None:
+            raise Absent(f"{module} is not installed")
+        return make()
+
+    return Contestant(name, prepare, limit)
+
+
+def function_of(module: str, name: str) -> Callable:
+    """A function of `step_kernels` that may not have been written yet."""
+    if find_spec(f"step_kernels.{module}") is not None:
+        found = getattr(importlib.import_module(f"step_kernels.{module}"), name, None)
+        if found is not None:
+            return found
+    return _refuse(f"step_kernels.{module} has no {name}")
+
+
+def forward_backward(function: Work, leaves: Sequence[torch.Tensor], output_gradient: torch.Tensor) -> Work:
+    """The work of a forward and a backward pass: the output and the gradients of the leaves."""
+
+    def work():
+        out = function()
+        return [out, *torch.autograd.grad(out, leaves, output_gradient)]
+
+    return work
+
+
+def _by(name: str, work: Work) -> Work:
+    def run():
+        with forced(name):
+            return work()
+
+    return run
+
+
+def _refuse(reason: str) -> Callable:
+    def prepare(*_, **__):
+        raise Absent(reason)
+
+    return prepare

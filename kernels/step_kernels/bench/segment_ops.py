@@ -1,0 +1,126 @@
+"""Cases of the ops that move along packed segments: pool + norm, conv + GELU, merging audio, GAE.
+
+Each has to be twice as fast as eager torch over the packed rows and no slower than `torch.compile` of the same code.
+"""
+
+import torch
+
+from step_kernels import conv_downsample_gelu, merge_audio_embeddings, pool_norm_downsample
+from step_kernels.bench import lengths as real
+from step_kernels.bench.contestants import compiled, eager, forward_backward, ours
+from step_kernels.bench.harness import Case
+from step_kernels.conv_downsample import downsample_taps
+from step_kernels.segments import cumulative
+
+_EAGER, _COMPILED = 2.0, 1.0
+_WIDTHS = (512, 1280)
+
+
+def _random(device: torch.device, *shape: int, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (scale * torch.randn(*shape, generator=generator)).to(device)
+
+
+def pool_norm_cases(device: torch.device) -> list[Case]:
+    from step_kernels.pool_norm_downsample import _torch
+
+    lengths = real.asterisk()
+    cases = []
+    for width in _WIDTHS:
+        arguments = (
+            _random(device, sum(lengths), width),
+            cumulative(lengths, device),
+            _random(device, width),
+            _random(device, width),
+            1e-5,
+            sum(length // 2 for length in lengths),
+        )
+        contestants = [
+            *ours("pool_norm_downsample", lambda a=arguments: pool_norm_downsample(*a), device),
+            eager(lambda a=arguments: _torch(*a), _EAGER),
+            compiled(_torch, arguments, _COMPILED),
+        ]
+        cases.append(Case("pool-norm-downsample", f"{real.named(lengths)} x {width}", contestants))
+    return cases
+
+
+def _eager_conv(x, cu_seqlens, weight, bias, rows):
+    columns = torch.nn.functional.pad(x, (0, 0, 1, 0)).index_select(0, downsample_taps(cu_seqlens, rows).flatten())
+    flat = weight.transpose(1, 2).reshape(weight.shape[0], -1)
+    return torch.nn.functional.gelu(torch.nn.functional.linear(columns.view(rows, 3 * x.shape[1]), flat, bias))
+
+
+def conv_cases(device: torch.device) -> list[Case]:
+    lengths = [length // 2 for length in real.asterisk()]
+    rows = sum((length + 1) // 2 for length in lengths)
+    cases = []
+    for width in _WIDTHS:
+        x, cu_seqlens = _random(device, sum(lengths), width), cumulative(lengths, device)
+        weight = _random(device, width, width, 3, scale=(3 * width) ** -0.5).requires_grad_()
+        bias = _random(device, width).requires_grad_()
+        arguments = (x, cu_seqlens, weight, bias, rows)
+        gradient = _random(device, rows, width)
+
+        def forward(function, a=arguments):
+            def work():
+                with torch.no_grad():
+                    return function(*a)
+
+            return work
+
+        def both(function, a=arguments, leaves=(weight, bias), gradient=gradient):
+            return forward_backward(lambda: function(*a), leaves, gradient)
+
+        for name, wrap in (("forward", forward), ("forward + backward", both)):
+            contestants = [
+                *ours("conv_downsample_gelu", wrap(conv_downsample_gelu), device),
+                eager(wrap(_eager_conv), _EAGER),
+                compiled(_eager_conv, arguments, _COMPILED, wrap),
+            ]
+            cases.append(Case("conv-downsample-gelu", f"{real.named(lengths)} x {width}, {name}", contestants))
+    return cases
+
+
+def _eager_merge(tokens, audio, positions):
+    return tokens.index_copy(0, positions, audio)
+
+
+def merge_cases(device: torch.device) -> list[Case]:
+    cases = []
+    for width in _WIDTHS:
+        clips = [length // 4 for length in real.asterisk()]
+        # Each clip stands behind 16 tokens of text, and is followed by 24.
+        places, at = [], 0
+        for clip in clips:
+            places += range(at + 16, at + 16 + clip)
+            at += 40 + clip
+        tokens, audio = _random(device, at, 1, width).requires_grad_(), _random(device, len(places), 1, width).requires_grad_()
+        positions = torch.tensor(places, device=device)
+        arguments, gradient = (tokens, audio, positions), _random(device, at, 1, width)
+
+        def forward(function, a=arguments):
+            def work():
+                with torch.no_grad():
+                    return function(*a)
+
+            return work
+
+        def both(function, a=arguments, gradient=gradient):
+            return forward_backward(lambda: function(*a), a[:2], gradient)
+
+        for name, wrap in (("forward", forward), ("forward + backward", both)):
+            contestants = [
+                *ours("merge_audio_embeddings", wrap(merge_audio_embeddings), device),
+                eager(wrap(_eager_merge), _EAGER),
+                compiled(_eager_merge, arguments, _COMPILED, wrap),
+            ]
+            shape = f"{len(places)} audio tokens into {at} x {width}, {name}"
+            cases.append(Case("merge-audio", shape, contestants, tolerance=0.0))
+    return cases
+
+
+CASES = {
+    "pool-norm-downsample": pool_norm_cases,
+    "conv-downsample-gelu": conv_cases,
+    "merge-audio": merge_cases,
+}
