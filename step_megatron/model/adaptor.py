@@ -25,9 +25,9 @@ class PackedConv(nn.Conv1d):
     in a hook before its forward, so weights that another module reads directly would still be those of the step before.
     """
 
-    def forward(self, features: torch.Tensor, frames: Sequence[int], rows: int) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, starts: torch.Tensor, rows: int) -> torch.Tensor:
         """`[sum(frames), width]` -> `[rows, width]`."""
-        return conv_downsample_gelu(features, cumulative(frames, features.device), self.weight, self.bias, rows)
+        return conv_downsample_gelu(features, starts, self.weight, self.bias, rows)
 
 
 class AudioAdaptor(nn.Module):
@@ -58,12 +58,13 @@ class AudioAdaptor(nn.Module):
         """Decoder tokens for one chunk of `frames` encoder features."""
         return frames if self.kind == "linear" else (frames + 1) // 2
 
-    def forward(self, features: torch.Tensor, frames: Sequence[int]) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, frames: Sequence[int], starts: torch.Tensor | None = None) -> torch.Tensor:
         """Adapt packed chunks; no chunk at all gives `[0, out_width]`, through which all parameters get zero gradients.
 
         Args:
             features: `[sum(frames), encoder width]`, any floating type (the cache holds bfloat16), on the parameters' device.
             frames: features of each chunk, on the host.
+            starts: `[chunks + 1]` int32, `cumulative(frames)` on the parameters' device; copied there now when None.
 
         Returns:
             `[sum(tokens), out_width]` in the parameters' type.
@@ -76,5 +77,6 @@ class AudioAdaptor(nn.Module):
         if self.kind == "linear":
             return self.linear(features.to(self.linear.weight.dtype))
         rows = sum(map(self.tokens_out, frames))
-        hidden = self.conv(features.to(self.conv.weight.dtype), frames, rows)
+        starts = cumulative(frames, features.device) if starts is None else starts
+        hidden = self.conv(features.to(self.conv.weight.dtype), starts, rows)
         return self.linear2(torch.relu(self.linear1(hidden)))

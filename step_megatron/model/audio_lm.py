@@ -98,12 +98,12 @@ class AudioLanguageModel(MegatronModule):
     def embed(self, batch: ModelBatch) -> torch.Tensor:
         """Decoder input of the first stage: embeddings with audio merged in, sliced, scattered; `[T_local (/ tp), 1, width]`."""
         embeddings = self.language_model.embedding(input_ids=batch.tokens, position_ids=None).squeeze(1)
-        features, positions = batch.audio_features, batch.audio_positions
+        features, positions, starts = batch.audio_features, batch.audio_positions, batch.encoder_starts
         if features is None:
             # Distributed data parallelism waits for every parameter's gradient: a text-only micro-batch gives the adaptor zeros.
             features = embeddings.new_empty(0, self.encoder_width)
-            positions = batch.tokens.new_empty(0)
-        audio = self.adaptor(features, batch.encoder_frames)
+            positions, starts = batch.tokens.new_empty(0), batch.tokens.new_zeros(1, dtype=torch.int32)
+        audio = self.adaptor(features, batch.encoder_frames, starts)
         embeddings = merge_audio_embeddings(embeddings, audio.to(embeddings.dtype), positions)
         if batch.packed.cp_index is not None:
             embeddings = embeddings.index_select(0, batch.packed.cp_index)

@@ -18,6 +18,7 @@ class ModelBatch:
         audio_features: `[sum(encoder_frames), encoder_width]`, chunks back to back; None when the batch has no audio, and on
             pipeline stages after the first.
         encoder_frames: 25 Hz frames of every chunk, in the order of their placeholders.
+        encoder_starts: `[chunks + 1]` int32, their cumulative sum; None lets the adaptor copy it to the device.
         audio_positions: `[audio tokens]` int64, index into `T` of every placeholder, in order.
         predicted: `[n]` int64, index into `T_local` of the tokens whose loss is wanted; `labels` are then theirs, `[1, n]`. The
             output layer and the loss, a quarter of a small model, see these alone. None for all tokens.
@@ -30,6 +31,7 @@ class ModelBatch:
     encoder_frames: tuple[int, ...] = ()
     audio_positions: torch.Tensor | None = None
     predicted: torch.Tensor | None = None
+    encoder_starts: torch.Tensor | None = None
 
 
 def make_batch(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from step_kernels.segments import cumulative
 
 from step_megatron.audio.cache import EncodedClip
 from step_megatron.data.micro_batch import MicroBatch, drop_failed
@@ -79,6 +80,7 @@ def to_device(
     }
     if runtime.is_first_stage and micro_batch.audio:
         host["audio_positions"] = micro_batch.audio_positions
+        host["encoder_starts"] = cumulative(micro_batch.encoder_frames)
         host["features"] = gather_features(micro_batch, clips, encoder_width)
     on_device = _copy(host, runtime.device)
     return TrainingBatch(
@@ -90,6 +92,7 @@ def to_device(
             encoder_frames=tuple(micro_batch.encoder_frames),
             audio_positions=on_device.get("audio_positions"),
             predicted=on_device["predicted"],
+            encoder_starts=on_device.get("encoder_starts"),
         ),
         loss_mask=on_device["loss_mask"],
         source=on_device["source"],

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy
 import pytest
@@ -30,6 +31,20 @@ def place(runtime):
         "dp": (runtime.dp_rank, runtime.dp_size),
         "stages": (runtime.is_first_stage, runtime.is_last_stage),
     }
+
+
+def timeouts_of_new_groups(rank, world_size):
+    """Seconds that the groups may wait which are made after the runtime's own."""
+    from step_megatron.audio.encode_once import _host_groups
+
+    runtime = initialize(configured({"timeout_minutes": 7}))
+    with mock.patch.object(dist, "new_group", wraps=dist.new_group) as made:
+        _host_groups(runtime)
+    return [call.kwargs["timeout"].total_seconds() for call in made.call_args_list]
+
+
+def test_every_group_waits_as_long_as_the_run_says(worker_pool):
+    assert worker_pool(2).run(timeouts_of_new_groups) == [[420.0], [420.0]]
 
 
 def one_layout(rank, world_size, *, sizes):
