@@ -10,19 +10,21 @@ STEP_CUDA=0 leaves CUDA out, STEP_CUDA=1 makes a missing nvcc an error; STEP_CUD
 
 import os
 import platform
-import re
-import shutil
+import runpy
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+# Without importing the package: its dependencies may not be there yet.
+toolkit = SimpleNamespace(**runpy.run_path(str(ROOT / "kernels" / "step_kernels" / "toolkit.py")))
 # The lowest release of torch whose stable ABI has all that the bindings use: 2.10 for the CPU; the handle of the current stream,
 # which CUDA kernels are launched on, came with 2.13.
 TORCH_TARGET = {
@@ -106,10 +108,9 @@ def run(command: list[str]) -> None:
 def find_nvcc() -> str | None:
     """Path of nvcc, None where CUDA is left out."""
     wanted = os.environ.get("STEP_CUDA", "auto")
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    nvcc = toolkit.find_nvcc()
     if wanted == "1" and nvcc is None:
-        raise SystemExit("STEP_CUDA=1, but there is no nvcc on PATH or in CUDA_HOME/bin")
+        raise SystemExit(f"STEP_CUDA=1, but {toolkit.REMEDY}")
     return None if wanted == "0" else nvcc
 
 
@@ -124,15 +125,10 @@ def cuda_runtime(nvcc: str | None) -> list[str]:
     """The static CUDA runtime, so that the library loads where there is none."""
     if nvcc is None:
         return []
-    # nvcc on PATH may be a wrapper script: it says itself where its toolkit is.
-    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True)
-    found = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
-    home = Path(found[1].strip() if found else os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
-        library = home / folder / "libcudart_static.a"
-        if library.exists():
-            return [str(library), "-lrt", "-lpthread", "-ldl"]
-    raise SystemExit(f"{home} has no libcudart_static.a; install CUDA's runtime or set STEP_CUDA=0")
+    library = toolkit.static_runtime(nvcc)
+    if library is None:
+        raise SystemExit(f"{toolkit.home(nvcc)} has no libcudart_static.a; install CUDA's runtime or set STEP_CUDA=0")
+    return [str(library), "-lrt", "-lpthread", "-ldl"]
 
 
 def host_extension() -> list[Extension]:
@@ -194,6 +190,12 @@ setup(
             "matplotlib>=3.8,<4",
             "triton>=3.6,<3.9",
             "ruff>=0.9,<0.18",
+            # nvcc where the machine has no toolkit (105 MB): the tests compile every CUDA kernel, with or without a GPU.
+            "nvidia-cuda-nvcc==13.0.*",
+            "nvidia-cuda-crt==13.0.*",
+            "nvidia-cuda-runtime==13.0.*",
+            "nvidia-cuda-cccl==13.0.*",
+            "nvidia-nvvm==13.0.*",
         ],
     },
     entry_points={"console_scripts": ["step-megatron=step_megatron.cli:main"]},

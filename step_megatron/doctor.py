@@ -193,10 +193,11 @@ def _triton() -> Answer:
 
 
 def _nvcc() -> Answer:
-    path = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"))
+    from step_kernels import toolkit
+
+    path = toolkit.find_nvcc()
     if path is None:
-        remedy = "install the CUDA 13.0 toolkit, or: pip install 'nvidia-cuda-nvcc==13.0.*' 'nvidia-cuda-crt==13.0.*'"
-        return "limited", "not found: CUDA kernels cannot be built", remedy
+        return "limited", "not found: CUDA kernels cannot be built", toolkit.REMEDY.partition("; ")[2]
     said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30).stdout
     release = re.search(r"release ([\d.]+)", said)
     return "ok", f"{release[1] if release else 'version unknown'} ({path})", ""

@@ -51,6 +51,12 @@ struct CudaScope {
   torch::stable::accelerator::DeviceGuard guard;
   int32_t index;
 };
+// The element types of csrc/cuda/vectors.h.
+inline int cuda_dtype(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, "wrong dtype");
+  return type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2;
+}
 inline void launched(int status, const char* op) { STD_TORCH_CHECK(status == 0, op, ": CUDA error ", status); }
 #endif
 

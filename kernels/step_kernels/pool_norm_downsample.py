@@ -13,7 +13,7 @@ import torch
 from step_kernels import native, registry
 
 OP = "pool_norm_downsample"
-registry.register(OP, cpp=(torch.float32,))
+registry.register(OP, cuda=(torch.float32, *registry.HALF), cpp=(torch.float32,))
 
 
 def pool_norm_downsample_reference(

@@ -32,16 +32,28 @@ def test_pool_reference_is_avg_pool_and_layer_norm():
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_it_has_a_fast_backend_here():
-    assert "cpp" in BACKENDS
+def test_it_has_its_fast_backends_here():
+    assert {"cpp", "cuda"} <= set(BACKENDS)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"])
 @settings(max_examples=30, deadline=None)
 @given(lengths=st.lists(st.integers(0, 9) | st.just(601), max_size=6), width=st.sampled_from([1, 7, 16, 40, 129, 1280]))
 def test_equals_the_definition_in_float64(backend, lengths, width):
     hidden, cu_seqlens, weight, bias = inputs(lengths, width)
     with forced(backend):
+        actual = pool_norm_downsample(hidden, cu_seqlens, weight, bias, EPS, rows(lengths))
+    exact = pool_norm_downsample_reference(hidden.double(), cu_seqlens, weight.double(), bias.double(), EPS)
+    assert_as_good_as_plain(actual, exact, pool_norm_downsample_reference(hidden, cu_seqlens, weight, bias, EPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@settings(max_examples=8, deadline=None)
+@given(lengths=st.lists(st.integers(0, 9) | st.just(43), max_size=4), width=st.sampled_from([7, 40, 129, 512, 640, 1280, 1344]))
+def test_cuda_equals_the_definition_in_every_dtype(dtype, lengths, width):
+    hidden, cu_seqlens, weight, bias = inputs(lengths, width)
+    hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
+    with forced("cuda"):
         actual = pool_norm_downsample(hidden, cu_seqlens, weight, bias, EPS, rows(lengths))
     exact = pool_norm_downsample_reference(hidden.double(), cu_seqlens, weight.double(), bias.double(), EPS)
     assert_as_good_as_plain(actual, exact, pool_norm_downsample_reference(hidden, cu_seqlens, weight, bias, EPS))

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from step_kernels import backends_of, registry
+from support.cuda_emulation import emulated
 
 # Times the plain low-precision error, and a floor relative to the largest value, for cases where the plain error happens to be 0.
 TOLERANCE = {
@@ -21,15 +22,18 @@ TOLERANCE = {
 
 
 def backends_here(op: str) -> list[str]:
-    """Backends of an op that run on this machine's CPU, Triton's interpreter included."""
-    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+    """Backends of an op that run on this machine's CPU: Triton under its interpreter, CUDA under the emulation."""
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}), emulated():
         return [name for name, reason in backends_of(op, "cpu").items() if not reason]
 
 
 @contextlib.contextmanager
 def forced(backend: str) -> Iterator[None]:
     """Run ops by this backend alone; what an op does not have in it goes to torch."""
-    with mock.patch.dict(os.environ, {registry.VARIABLE: f"{backend},torch", "TRITON_INTERPRET": "1"}):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, {registry.VARIABLE: f"{backend},torch", "TRITON_INTERPRET": "1"}))
+        if backend == "cuda":
+            stack.enter_context(emulated())
         yield
 
 

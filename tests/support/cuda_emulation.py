@@ -1,0 +1,148 @@
+"""Run CUDA kernels on the CPU: `csrc/cuda/OP.cu`, compiled by the host's compiler against `csrc/emulation`.
+
+Every launch is repeated with the threads in other orders, and once under the sanitizer of undefined behaviour (unaligned 16-byte
+loads among it). All must give the same bits: a kernel that needs one order has a race. Tensors are handed over inside margins
+of NaN that must come back untouched.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from step_kernels import native, registry, toolkit
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA = ROOT / "csrc" / "cuda"
+ORDERS = (0, 1, 2, 3)
+SANITIZE = ("-fsanitize=undefined",)
+MARGIN = 256
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class EmulationError(AssertionError):
+    """A kernel did what a GPU does not define, or gave other results in another order."""
+
+
+def compile_kernel(source: Path, *flags: str) -> ctypes.CDLL:
+    """Compile a .cu file for the emulation; kept under `build/emulation` as long as no source changes.
+
+    Raises:
+        RuntimeError: CUDA's headers are missing (says how to get them), or the compiler refuses the source.
+    """
+    includes = [f"-I{folder}" for folder in toolkit.include_folders(toolkit.require_nvcc())]
+    command = [os.environ.get("CXX", "c++"), "-x", "c++", "-std=c++17", "-O2", "-shared", "-fPIC", "-fno-strict-aliasing"]
+    command += ["-Wall", "-Wno-unknown-pragmas", *flags, f"-I{CUDA}", *includes]
+    digest = hashlib.sha256("\0".join(command).encode() + source.read_bytes())
+    for header in sorted((ROOT / "csrc").rglob("*.h")):
+        digest.update(header.read_bytes())
+    library = ROOT / "build" / "emulation" / f"{source.stem}-{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        partial = library.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*command, str(source), "-o", str(partial)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{source.name} does not compile for the emulation:\n{done.stderr}")
+        partial.replace(library)
+    loaded = ctypes.CDLL(str(library))
+    loaded.step_emulation_error.restype = ctypes.c_char_p
+    return loaded
+
+
+def launch(source: Path, symbol: str, *arguments) -> None:
+    """Call a launcher with tensors, Python numbers (int: 64 bits, float: 32) and ctypes values, in every order.
+
+    Tensors are inputs and outputs alike: they hold the kernel's results afterwards. The stream is added as the last argument.
+
+    Raises:
+        EmulationError: see the module.
+    """
+    plain, sanitized = compile_kernel(source), compile_kernel(source, *SANITIZE)
+    first: list[torch.Tensor] = []
+    for library, order in [*((plain, order) for order in ORDERS), (sanitized, 0)]:
+        results = _call(library, symbol, arguments, order)
+        first = first or results
+        for number, (ours, theirs) in enumerate(zip(results, first, strict=True)):
+            if not torch.equal(_bytes(ours), _bytes(theirs)):
+                raise EmulationError(f"{symbol}: tensor {number} has other bits with the threads in order {order}")
+    for tensor, result in zip((x for x in arguments if isinstance(x, torch.Tensor)), first, strict=True):
+        tensor.copy_(result)
+
+
+def _call(library: ctypes.CDLL, symbol: str, arguments, order: int) -> list[torch.Tensor]:
+    buffers, results, values = [], [], []
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            assert argument.is_contiguous(), "kernels take contiguous tensors"
+            buffers.append(_with_margins(argument))
+            inside = buffers[-1][MARGIN : buffers[-1].numel() - MARGIN].view(argument.dtype).view(argument.shape)
+            results.append(inside)
+            values.append(ctypes.c_void_p(inside.data_ptr()))
+        elif isinstance(argument, float):
+            values.append(ctypes.c_float(argument))
+        else:
+            values.append(ctypes.c_int64(argument) if isinstance(argument, int) else argument)
+    with mock.patch.dict(os.environ, {"STEP_EMULATION_ORDER": str(order)}), _stderr() as said:
+        status = getattr(library, symbol)(*values, ctypes.c_void_p(0))
+    if status:
+        raise EmulationError(f"{symbol}: {library.step_emulation_error().decode() or f'refused, CUDA error {status}'}")
+    if "runtime error" in said[0]:
+        raise EmulationError(f"{symbol}: undefined behaviour: {said[0]}")
+    for number, buffer in enumerate(buffers):
+        if not (buffer[:MARGIN] == 0xFF).all() or not (buffer[-MARGIN:] == 0xFF).all():
+            raise EmulationError(f"{symbol}: writes outside tensor {number}")
+    return results
+
+
+def _with_margins(tensor: torch.Tensor) -> torch.Tensor:
+    buffer = torch.full((tensor.numel() * tensor.element_size() + 2 * MARGIN,), 0xFF, dtype=torch.uint8)
+    buffer[MARGIN : buffer.numel() - MARGIN] = _bytes(tensor)
+    return buffer
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+@contextlib.contextmanager
+def _stderr() -> Iterator[list[str]]:
+    """What native code writes to the standard error meanwhile, in the list's one entry at the end."""
+    said, kept = [""], os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            said[0] = file.read().decode(errors="replace")
+
+
+def _dtype(tensor: torch.Tensor) -> ctypes.c_int:
+    return ctypes.c_int(DTYPES[tensor.dtype])
+
+
+def _pool_norm_downsample_rows(hidden, source_row, weight, bias, eps, out):
+    source = CUDA / "pool_norm_downsample.cu"
+    arguments = (hidden, source_row, weight, bias, out, *out.shape, eps)
+    launch(source, "step_pool_norm_downsample", _dtype(hidden), *arguments)
+
+
+# What the bindings do on a GPU, by the name of the native op.
+BINDINGS = {"pool_norm_downsample_rows": _pool_norm_downsample_rows}
+
+
+@contextlib.contextmanager
+def emulated() -> Iterator[None]:
+    """Let the backend `cuda` take CPU tensors: ops run through their own Python code down to the emulated kernels."""
+    library = SimpleNamespace(has_cuda=lambda: True, **BINDINGS)
+    with mock.patch.dict(registry._DEVICE, {"cuda": "cpu"}), mock.patch.object(native, "ops", lambda: library):
+        yield
