@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from step_kernels import native
 
-# What a library may ask of its surroundings: torch's C functions, and libc, libgcc and libstdc++ (whose symbols have versions, but
+# What a library may ask of its surroundings: torch's C functions, and libc, libgcc and libstdc++ (symbols with versions, but
 # for some members of namespace std that libtorch exports as well).
 ALLOWED = ("aoti_torch_", "torch_", "_ITM_", "__gmon_start__", "__cxa_finalize", "_ZNSt", "_ZNKSt", "_ZSt")
 VERSIONED = ("@GLIBC", "@GLIBCXX", "@CXXABI", "@GCC")
