@@ -10,6 +10,7 @@ from step_kernels.audio_attention import audio_attention_varlen
 from step_kernels.causal_attention import causal_attention_varlen
 from step_kernels.conv_downsample import conv_downsample_gelu
 from step_kernels.merge_audio import merge_audio_embeddings
+from step_kernels.paged_attention import paged_attention
 from step_kernels.pool_norm_downsample import pool_norm_downsample
 from step_kernels.registry import available_backends, backends_of, registered
 from step_kernels.rms_norm import rms_norm
@@ -21,6 +22,7 @@ __all__ = [
     "causal_attention_varlen",
     "conv_downsample_gelu",
     "merge_audio_embeddings",
+    "paged_attention",
     "pool_norm_downsample",
     "registered",
     "rms_norm",
