@@ -1,6 +1,7 @@
 // The library's runtime: threads, the instruction set, and what this build holds.
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
 
 #include "native.h"
@@ -13,6 +14,21 @@ void parallel_ranges(int64_t count, int64_t grain, void (*body)(int64_t, int64_t
 }
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+float* thread_scratch(int64_t floats) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t capacity = 0;
+  if (floats > capacity) {
+    const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    capacity = memory ? floats : 0;
+    STD_TORCH_CHECK(memory, "no memory for ", bytes, " bytes of scratch");
+  }
+  return memory.get();
+}
 
 Isa isa() {
 #if defined(__x86_64__)

@@ -55,11 +55,12 @@ static inline float maximum(vec value) {
 static inline vec maximum(vec a, vec b) { return a > b ? a : b; }
 static inline vec minimum(vec a, vec b) { return a < b ? a : b; }
 
-// e^x to two units in the last place, 0 below -87.3, infinity not reached (inputs are clamped at 88).
+// e^x to two units in the last place, 0 below -87.3, infinity not reached (inputs are clamped at 88); NaN stays NaN: maximum and
+// minimum give their second argument where the comparison is false.
 // x = n ln 2 + r with |r| <= ln 2 / 2; e^r by the polynomial of Cephes' expf.
 static inline vec exponential(vec x) {
   const vec below = splat(-87.33654f);
-  vec clamped = minimum(maximum(x, below), splat(88.0f));
+  vec clamped = minimum(splat(88.0f), maximum(below, x));
   vec shifted = clamped * splat(1.44269504f) + splat(12582912.0f);  // 1.5 * 2^23: rounds to the nearest integer
   vec n = shifted - splat(12582912.0f);
   vec r = clamped - n * splat(0.693359375f) + n * splat(2.12194440e-4f);

@@ -4,13 +4,25 @@
 
 #include <cstdint>
 
+#include "attention.h"
+
 #define STEP_DECLARE_OPS(isa)                                                                                                     \
   namespace isa {                                                                                                                 \
+  void attention_forward(const AttentionProblem& problem, const int32_t* order, float* out, float* lse);                         \
+  void attention_backward(const AttentionProblem& problem, const int32_t* order, const AttentionGradients& gradients);           \
   void paged_attention(const float* query, const float* key, const float* value, const int32_t* block_table,                      \
                        const int32_t* lengths, const int32_t* cu_seqlens, float* out, int64_t sequences, int64_t max_pages,       \
                        int64_t page_size, int64_t heads, int64_t kv_heads, int64_t dim, float scale);                             \
+  bool merge_audio_source(const int64_t* positions, int64_t count, int32_t* source, int64_t length);                             \
+  void merge_audio(const char* tokens, const char* audio, const int32_t* source, char* out, int64_t length, int64_t row_bytes);  \
+  void merge_audio_backward(const char* gradient, const int32_t* source, char* tokens, char* audio, int64_t length,              \
+                            int64_t row_bytes);                                                                                  \
   void pool_norm_downsample(const float* hidden, const int32_t* cu_seqlens, int64_t segments, const float* weight,                \
                             const float* bias, float* out, int64_t rows, int64_t width, float eps);                               \
+  void softmax_statistics(const float* logits, const int64_t* labels, float* out, int64_t rows, int64_t width, int64_t start,     \
+                          bool moments);                                                                                          \
+  void softmax_gradient(float* logits, const int64_t* labels, const float* lse, const float* first, const float* second,          \
+                        const float* at_target, int64_t rows, int64_t width, int64_t start);                                      \
   }
 
 namespace step {

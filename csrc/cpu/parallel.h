@@ -11,6 +11,10 @@ namespace step {
 void parallel_ranges(int64_t count, int64_t grain, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 int64_t thread_count();
 
+// Memory of the calling thread, aligned to a cache line, kept between calls and valid until its next call: fresh pages would cost
+// small ops more than their arithmetic.
+float* thread_scratch(int64_t floats);
+
 namespace STEP_ISA {
 
 // Call `body(begin, end)` over ranges that cover [0, count).

@@ -2,7 +2,7 @@
 
     out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]        j over the first `valid` frames of i's segment
 
-Forward only in use (the encoder is frozen), differentiable in torch.
+Differentiable in query, key and value, though the frozen encoder needs the forward pass alone.
 
 Source: Whisper / Qwen2-Audio encoder at 50 Hz (head dimension 64); softmax in at least float32.
 """
@@ -10,13 +10,13 @@ Source: Whisper / Qwen2-Audio encoder at 50 Hz (head dimension 64); softmax in a
 from collections.abc import Sequence
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from step_kernels import registry
-from step_kernels.segments import check_packed, equal_runs
+from step_kernels import packed_attention, registry
+from step_kernels.segments import check_packed
 
 OP = "audio_attention_varlen"
-registry.register(OP)
+registry.register(OP, cpp=(torch.float32,))
+_op = packed_attention.define(OP, causal=False)
 
 
 def audio_attention_varlen_reference(
@@ -40,19 +40,20 @@ def audio_attention_varlen(
     lengths: Sequence[int],
     valid: Sequence[int] | None = None,
     scale: float | None = None,
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend within each segment.
 
     Args:
         query, key, value: `[frames, heads, dim]`, segments packed back to back.
         cu_seqlens: `[segments + 1]` int32 on the data's device.
-        lengths: frames of each segment, on the host, so that nothing waits for the device. Neighbouring segments of one length
-            share a call: sort by length where the order is free.
+        lengths: frames of each segment, on the host, so that nothing waits for the device.
         valid: leading frames of each segment that may be attended to (at least 1 unless the segment is empty); None means all.
         scale: default `dim ** -0.5`.
+        return_lse: also return the log-sum-exp of each row's scores.
 
     Returns:
-        `[frames, heads, dim]` in `query`'s dtype.
+        `[frames, heads, dim]` in `query`'s dtype; with `return_lse` also `[frames, heads]` float32 (float64 for float64).
 
     Raises:
         ValueError: if the lengths do not describe the packed rows, or a segment has no valid frame.
@@ -63,12 +64,5 @@ def audio_attention_varlen(
         raise ValueError(
             f"audio_attention_varlen: each segment needs 1..length valid frames, got {tuple(valid)} of {tuple(lengths)}"
         )
-    registry.backend(OP, query)
-    runs = list(equal_runs(tuple(zip(lengths, valid, strict=True))))
-    sizes = [segments * length for segments, length, _ in runs]
-    outputs = [query[:0]]
-    for (segments, length, keys), *qkv in zip(runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
-        q, k, v = (part.unflatten(0, (segments, length)).transpose(1, 2) for part in qkv)
-        out = scaled_dot_product_attention(q, k[:, :, :keys], v[:, :, :keys], scale=scale)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
+    valid = () if list(valid) == list(lengths) else valid
+    return packed_attention.attend(_op, OP, query, key, value, cu_seqlens, lengths, valid, scale, return_lse)

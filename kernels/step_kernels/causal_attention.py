@@ -10,13 +10,13 @@ Source: Qwen2.5 decoder attention (GQA); packing as in FlashAttention's varlen i
 from collections.abc import Sequence
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from step_kernels import registry
-from step_kernels.segments import check_packed, equal_runs
+from step_kernels import packed_attention, registry
+from step_kernels.segments import check_packed
 
 OP = "causal_attention_varlen"
-registry.register(OP)
+registry.register(OP, cpp=(torch.float32,))
+_op = packed_attention.define(OP, causal=True)
 
 
 def causal_attention_varlen_reference(
@@ -42,7 +42,8 @@ def causal_attention_varlen(
     cu_seqlens: torch.Tensor,
     lengths: Sequence[int],
     scale: float | None = None,
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend causally within each segment.
 
     Args:
@@ -51,31 +52,16 @@ def causal_attention_varlen(
         cu_seqlens: `[segments + 1]` int32 on the data's device.
         lengths: tokens of each segment, on the host, so that nothing waits for the device.
         scale: default `dim ** -0.5`.
+        return_lse: also return the log-sum-exp of each row's scores.
 
     Returns:
-        `[tokens, heads, dim]` in `query`'s dtype.
+        `[tokens, heads, dim]` in `query`'s dtype; with `return_lse` also `[tokens, heads]` float32 (float64 for float64).
 
     Raises:
         ValueError: if the lengths do not describe the packed rows, or the heads do not divide.
     """
     check_packed("causal_attention_varlen", query.shape[0], cu_seqlens, lengths)
-    tokens, heads, dim = query.shape
+    heads = query.shape[1]
     if heads % key.shape[1]:
         raise ValueError(f"causal_attention_varlen: {heads} query heads are not a multiple of {key.shape[1]} key-value heads")
-    registry.backend(OP, query)
-    if heads != key.shape[1]:
-        key, value = (_repeat_heads(part, heads // part.shape[1]) for part in (key, value))
-    runs = list(equal_runs([(length, length) for length in lengths]))
-    sizes = [segments * length for segments, length, _ in runs]
-    outputs = [query[:0]]
-    # split and cat, not slices: the gradient of one slice is a zero tensor as long as the whole pack.
-    for (segments, length, _), *qkv in zip(runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
-        q, k, v = (part.unflatten(0, (segments, length)).transpose(1, 2) for part in qkv)
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
-
-
-def _repeat_heads(x: torch.Tensor, group: int) -> torch.Tensor:
-    """`[tokens, kv_heads, dim]` -> `[tokens, kv_heads * group, dim]`, each head repeated `group` times in place."""
-    return x.unsqueeze(2).expand(-1, -1, group, -1).flatten(1, 2)
+    return packed_attention.attend(_op, OP, query, key, value, cu_seqlens, lengths, (), scale, return_lse)

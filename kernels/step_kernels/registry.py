@@ -39,14 +39,14 @@ def registered() -> dict[str, tuple[str, ...]]:
     return {op: (*backends, "torch") for op, backends in _ops.items()}
 
 
-def backend(op: str, tensor: torch.Tensor) -> str:
-    """Choose the backend of an op for a tensor like this one.
+def backend(op: str, tensor: torch.Tensor, unfit: Collection[str] = ()) -> str:
+    """Choose the backend of an op for a tensor like this one, not one of `unfit`, which do not take its sizes.
 
     Raises:
         RuntimeError: if `STEP_KERNELS_BACKEND` asks for what the op lacks or what cannot run here, or the installation is broken.
     """
     forced = os.environ.get(VARIABLE, "")
-    name = _forced(op, tensor, forced) if forced else _preferred(op, tensor)
+    name = _forced(op, tensor, forced, unfit) if forced else _preferred(op, tensor, unfit)
     chosen[op, name] += 1
     return name
 
@@ -61,22 +61,25 @@ def backends_of(op: str, device: torch.device | str) -> dict[str, str]:
     return {name: _unavailable(name, torch.device(device).type) for name in registered()[op]}
 
 
-def _preferred(op: str, tensor: torch.Tensor) -> str:
+def _preferred(op: str, tensor: torch.Tensor, unfit: Collection[str]) -> str:
     for name, dtypes in _ops[op].items():
-        if _DEVICE[name] == tensor.device.type and tensor.dtype in dtypes:
+        if _DEVICE[name] == tensor.device.type and tensor.dtype in dtypes and name not in unfit:
             if reason := _unavailable(name, tensor.device.type):
                 raise RuntimeError(f"{op}: {reason}, or set {VARIABLE}=torch to run the op in plain torch")
             return name
     return "torch"
 
 
-def _forced(op: str, tensor: torch.Tensor, forced: str) -> str:
+def _forced(op: str, tensor: torch.Tensor, forced: str, unfit: Collection[str]) -> str:
     wanted = [name.strip() for name in forced.split(",")]
     if unknown := [name for name in wanted if name not in BACKENDS]:
         raise RuntimeError(f"{VARIABLE}={forced}: {unknown[0]!r} is not a backend; there are {', '.join(BACKENDS)}")
     mine = [name for name in wanted if name == "torch" or name in _ops[op]]
     if not mine:
         raise RuntimeError(f"{VARIABLE}={forced}: {op} has {', '.join(registered()[op])}; add one of them to the list")
+    mine = [name for name in mine if name not in unfit]
+    if not mine:
+        raise RuntimeError(f"{VARIABLE}={forced}: {op} does not take the sizes {tuple(tensor.shape)}; add torch to the list")
     if reason := _unavailable(mine[0], tensor.device.type):
         raise RuntimeError(f"{VARIABLE}={forced}: {op} cannot use {mine[0]}: {reason}")
     if mine[0] != "torch" and tensor.dtype not in _ops[op][mine[0]]:

@@ -19,13 +19,14 @@ e + 1. With `compat="clean"` the tap reads zero.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import torch
-from step_kernels import audio_attention_varlen, pool_norm_downsample
+from step_kernels import audio_attention_varlen, native, pool_norm_downsample, registry
 from step_kernels.segments import cumulative
 from torch import nn
 from torch.nn.functional import gelu, linear
@@ -36,7 +37,7 @@ from step_megatron.model.canonical import canonical_blocks, on_threads, one_thre
 from step_megatron.model.whisper import read_encoder_weights, sinusoids
 
 # Raised when the computation changes in a way that changes bits, so that older caches are not used.
-_REVISION = 1
+_REVISION = 2
 _TAIL_FRAMES = 2
 
 
@@ -138,7 +139,7 @@ class AudioEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, mels: torch.Tensor, frames: Sequence[int]) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """Encode packed chunks. Chunks of one length that are neighbours share an attention call.
+        """Encode packed chunks.
 
         Args:
             mels: `[mels, sum(frames)]`, the chunks one after the other.
@@ -247,11 +248,12 @@ class AudioEncoder(nn.Module):
         return self
 
     def fingerprint(self) -> str:
-        """Hash of all that the bits of a feature depend on: sizes, weights, canonical block, library, kind of processor."""
+        """Hash of all that the bits of a feature depend on: sizes, weights, canonical block, libraries, kind of processor."""
         device = self.conv1.weight.device
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
         sizes = {name: value for name, value in asdict(self.config).items() if name != "weights"}
-        parts = [sizes, self.block, self.compat, _REVISION, torch.__version__, device.type, kind]
+        kernels = (native.describe().get("cpu"), os.environ.get(registry.VARIABLE))
+        parts = [sizes, self.block, self.compat, _REVISION, torch.__version__, device.type, kind, kernels]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

@@ -1,0 +1,115 @@
+// Products of small float32 matrices in cache: a tile of the result stays in registers while the inner dimension passes. Every
+// element is one chain of multiply-adds in the order of the inner dimension, so its bits do not depend on how rows and columns
+// are shared out over tiles.
+#pragma once
+
+#include "isa.h"
+
+namespace step {
+namespace STEP_ISA {
+
+// 6 rows of 4 vectors take 24 of AVX-512's 32 registers, 6 rows of 2 take 12 of AVX2's 16; the rest holds the operands.
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = kLanes == 8 ? 2 : 4;
+constexpr int kPanel = kTileVectors * kLanes;
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of the next tile where `rest` rows are left: they are shared out evenly, 6 + 1 becomes 4 + 3.
+static inline int64_t tile_rows(int64_t rest) { return divided_up(rest, divided_up(rest, kTileRows)); }
+
+// `row` and `step` are distances between elements: a matrix or its transpose.
+struct Operand {
+  const float* data;
+  int64_t row, step;
+};
+
+template <int Rows, int Vectors, bool Add>
+static inline void tile(Operand a, const float* b, int64_t b_step, int64_t steps, float* c, int64_t c_row) {
+  vec total[Rows][Vectors];
+  for (int r = 0; r < Rows; r++)
+    for (int v = 0; v < Vectors; v++) total[r][v] = Add ? load(c + r * c_row + v * kLanes) : vec{};
+  for (int64_t step = 0; step < steps; step++) {
+    vec columns[Vectors];
+    for (int v = 0; v < Vectors; v++) columns[v] = load(b + v * kLanes);
+    for (int r = 0; r < Rows; r++) {
+      const vec factor = splat(a.data[r * a.row]);
+      for (int v = 0; v < Vectors; v++) total[r][v] += factor * columns[v];
+    }
+    a.data += a.step;
+    b += b_step;
+  }
+  for (int r = 0; r < Rows; r++)
+    for (int v = 0; v < Vectors; v++) store(c + r * c_row + v * kLanes, total[r][v]);
+}
+
+template <int Vectors, bool Add>
+static inline void tile_of(int64_t rows, Operand a, const float* b, int64_t b_step, int64_t steps, float* c, int64_t c_row) {
+  switch (rows) {
+    case 1: return tile<1, Vectors, Add>(a, b, b_step, steps, c, c_row);
+    case 2: return tile<2, Vectors, Add>(a, b, b_step, steps, c, c_row);
+    case 3: return tile<3, Vectors, Add>(a, b, b_step, steps, c, c_row);
+    case 4: return tile<4, Vectors, Add>(a, b, b_step, steps, c, c_row);
+    case 5: return tile<5, Vectors, Add>(a, b, b_step, steps, c, c_row);
+    case 6: return tile<6, Vectors, Add>(a, b, b_step, steps, c, c_row);
+  }
+}
+
+// c[rows, vectors] = (c +) a[rows, steps] b[steps, vectors], at most one tile: rows <= 6, vectors <= 4 (2 with AVX2).
+template <bool Add>
+static void multiply_tile(int64_t rows, int64_t vectors, Operand a, const float* b, int64_t b_step, int64_t steps, float* c,
+                          int64_t c_row) {
+  if (vectors == kTileVectors) return tile_of<kTileVectors, Add>(rows, a, b, b_step, steps, c, c_row);
+  if (vectors == 1) return tile_of<1, Add>(rows, a, b, b_step, steps, c, c_row);
+  if (kTileVectors > 2 && vectors == 2) return tile_of<2, Add>(rows, a, b, b_step, steps, c, c_row);
+  if (kTileVectors > 3 && vectors == 3) return tile_of<3, Add>(rows, a, b, b_step, steps, c, c_row);
+}
+
+// `rows` rows of `width` values (a multiple of 16) times `factor`, contiguous.
+static inline void pack_rows(const float* from, int64_t row, int64_t rows, int64_t width, float factor, float* to) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < width; i += kLanes) store(to + r * width + i, load(from + r * row + i) * splat(factor));
+}
+
+// Of rows r and r + Half: lanes whose bit `Half` is clear stay in the first and move up from the second, and the reverse.
+template <int Half>
+static inline void exchange(vec* rows) {
+  ivec first_lanes, second_lanes;
+  for (int i = 0; i < kLanes; i++) {
+    first_lanes[i] = i & Half ? kLanes + i - Half : i;
+    second_lanes[i] = i & Half ? kLanes + i : i + Half;
+  }
+  for (int r = 0; r < kLanes; r++)
+    if (!(r & Half)) {
+      const vec first = rows[r], second = rows[r + Half];
+      rows[r] = __builtin_shuffle(first, second, first_lanes);
+      rows[r + Half] = __builtin_shuffle(first, second, second_lanes);
+    }
+}
+
+// A square of kLanes rows: row i holds what was column i.
+static inline void transpose(vec* rows) {
+  exchange<1>(rows);
+  exchange<2>(rows);
+  if constexpr (kLanes > 4) exchange<4>(rows);
+  if constexpr (kLanes > 8) exchange<8>(rows);
+}
+
+// Rows become columns, in panels: to[panel][width][kPanel]. Columns beyond `rows` are zero up to a whole vector.
+static void pack_transposed(const float* from, int64_t row, int64_t rows, int64_t width, float* to) {
+  for (int64_t first = 0; first < rows; first += kLanes) {
+    float* target = to + first / kPanel * kPanel * width + first % kPanel;
+    const int64_t count = smaller(kLanes, rows - first);
+    for (int64_t column = 0; column < width; column += kLanes) {
+      vec block[kLanes];
+      for (int r = 0; r < kLanes; r++) block[r] = r < count ? load(from + (first + r) * row + column) : vec{};
+      transpose(block);
+      for (int i = 0; i < kLanes; i++) store(target + (column + i) * kPanel, block[i]);
+    }
+  }
+}
+
+}  // namespace STEP_ISA
+}  // namespace step
