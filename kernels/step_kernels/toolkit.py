@@ -4,6 +4,7 @@ nvcc is looked for on PATH, in `CUDA_HOME/bin` and in the packages of PyPI (`nvi
 `dev` brings them), in this order.
 """
 
+import functools
 import os
 import re
 import shutil
@@ -37,6 +38,7 @@ def require_nvcc() -> str:
     return nvcc
 
 
+@functools.cache
 def home(nvcc: str) -> Path:
     """The toolkit's folder. nvcc on PATH may be a wrapper script: it says itself where its toolkit is."""
     dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True)

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from step_kernels import merge_audio_embeddings
+from step_kernels.merge_audio import check_audio_counts
 
 from step_megatron.config.schema import Config
 from step_megatron.model import weights
@@ -103,6 +104,9 @@ class AudioLanguageModel(MegatronModule):
             # Distributed data parallelism waits for every parameter's gradient: a text-only micro-batch gives the adaptor zeros.
             features = embeddings.new_empty(0, self.encoder_width)
             positions, starts = batch.tokens.new_empty(0), batch.tokens.new_zeros(1, dtype=torch.int32)
+        if batch.audio_names:
+            given = [self.adaptor.tokens_out(frames) for frames in batch.encoder_frames]
+            check_audio_counts(batch.audio_names, batch.audio_tokens, given)
         audio = self.adaptor(features, batch.encoder_frames, starts)
         embeddings = merge_audio_embeddings(embeddings, audio.to(embeddings.dtype), positions)
         if batch.packed.cp_index is not None:

@@ -20,6 +20,8 @@ class ModelBatch:
         encoder_frames: 25 Hz frames of every chunk, in the order of their placeholders.
         encoder_starts: `[chunks + 1]` int32, their cumulative sum; None lets the adaptor copy it to the device.
         audio_positions: `[audio tokens]` int64, index into `T` of every placeholder, in order.
+        audio_names, audio_tokens: of every chunk, what an error calls it and how many placeholders it has; empty when the caller
+            vouches for the counts.
         predicted: `[n]` int64, index into `T_local` of the tokens whose loss is wanted; `labels` are then theirs, `[1, n]`. The
             output layer and the loss, a quarter of a small model, see these alone. None for all tokens.
     """
@@ -30,6 +32,8 @@ class ModelBatch:
     audio_features: torch.Tensor | None = None
     encoder_frames: tuple[int, ...] = ()
     audio_positions: torch.Tensor | None = None
+    audio_names: tuple[str, ...] = ()
+    audio_tokens: tuple[int, ...] = ()
     predicted: torch.Tensor | None = None
     encoder_starts: torch.Tensor | None = None
 

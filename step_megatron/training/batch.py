@@ -91,6 +91,8 @@ def to_device(
             audio_features=on_device.get("features"),
             encoder_frames=tuple(micro_batch.encoder_frames),
             audio_positions=on_device.get("audio_positions"),
+            audio_names=_audio_names(micro_batch),
+            audio_tokens=tuple(span.tokens for span in micro_batch.audio),
             predicted=on_device["predicted"],
             encoder_starts=on_device.get("encoder_starts"),
         ),
@@ -119,6 +121,16 @@ def source_of_tokens(micro_batch: MicroBatch, sources: Sequence[str]) -> torch.T
     index = {name: number for number, name in enumerate(sources)}
     numbers = torch.tensor([index[name] for name in micro_batch.sources])
     return numbers.repeat_interleave(torch.tensor(micro_batch.segment_lengths))
+
+
+def _audio_names(micro_batch: MicroBatch) -> tuple[str, ...]:
+    """What an error calls every chunk: its sample and its clip."""
+    starts = micro_batch.cu_seqlens.numpy()
+    segments = [int(np.searchsorted(starts, span.start, side="right")) - 1 for span in micro_batch.audio]
+    return tuple(
+        f"sample {micro_batch.sample_ids[segment]} (chunk {span.chunk} of {span.address})"
+        for segment, span in zip(segments, micro_batch.audio, strict=True)
+    )
 
 
 def gather_features(micro_batch: MicroBatch, clips: Mapping[str, EncodedClip | None], width: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ of NaN that must come back untouched.
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import subprocess
@@ -31,6 +32,7 @@ class EmulationError(AssertionError):
     """A kernel did what a GPU does not define, or gave other results in another order."""
 
 
+@functools.cache
 def compile_kernel(source: Path, *flags: str) -> ctypes.CDLL:
     """Compile a .cu file for the emulation; kept under `build/emulation` as long as no source changes.
 
@@ -38,7 +40,7 @@ def compile_kernel(source: Path, *flags: str) -> ctypes.CDLL:
         RuntimeError: CUDA's headers are missing (says how to get them), or the compiler refuses the source.
     """
     includes = [f"-I{folder}" for folder in toolkit.include_folders(toolkit.require_nvcc())]
-    command = [os.environ.get("CXX", "c++"), "-x", "c++", "-std=c++17", "-O2", "-shared", "-fPIC", "-fno-strict-aliasing"]
+    command = [os.environ.get("CXX", "c++"), "-x", "c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing"]
     command += ["-Wall", "-Wno-unknown-pragmas", *flags, f"-I{CUDA}", *includes]
     digest = hashlib.sha256("\0".join(command).encode() + source.read_bytes())
     for header in sorted((ROOT / "csrc").rglob("*.h")):
@@ -108,7 +110,8 @@ def _with_margins(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    # A new tensor: one element may be contiguous with any stride, which cannot be viewed in another type.
+    return torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().flatten()).view(torch.uint8)
 
 
 @contextlib.contextmanager
@@ -136,8 +139,27 @@ def _pool_norm_downsample_rows(hidden, source_row, weight, bias, eps, out):
     launch(source, "step_pool_norm_downsample", _dtype(hidden), *arguments)
 
 
+def _row_bytes(rows: torch.Tensor) -> int:
+    return rows[0].numel() * rows.element_size() if len(rows) else 0
+
+
+def _merge_audio(tokens, audio, positions, source, out):
+    arguments = (tokens, audio, positions, len(positions), source, out, len(tokens), _row_bytes(tokens))
+    launch(CUDA / "merge_audio.cu", "step_merge_audio", *arguments)
+
+
+def _merge_audio_backward(gradient, positions, source, tokens, audio):
+    wanted = tokens if tokens.numel() else ctypes.c_void_p(0)
+    arguments = (gradient, positions, len(positions), source, wanted, audio, len(gradient), _row_bytes(gradient))
+    launch(CUDA / "merge_audio.cu", "step_merge_audio_backward", *arguments)
+
+
 # What the bindings do on a GPU, by the name of the native op.
-BINDINGS = {"pool_norm_downsample_rows": _pool_norm_downsample_rows}
+BINDINGS = {
+    "pool_norm_downsample_rows": _pool_norm_downsample_rows,
+    "merge_audio": _merge_audio,
+    "merge_audio_backward": _merge_audio_backward,
+}
 
 
 @contextlib.contextmanager
