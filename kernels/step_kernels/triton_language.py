@@ -1,7 +1,7 @@
 """Triton where it is installed: `from step_kernels.triton_language import triton, tl, jit`.
 
-A CPU installation has no Triton, and `import step_kernels` must work all the same: there `jit` leaves a function as it is, and the
-registry says why the backend cannot run. Files with kernels begin with `from __future__ import annotations`, so that the
+A CPU installation has no Triton, and `import step_kernels` must work all the same: there `jit` leaves a function as it is, and
+the registry says why the backend cannot run. Files with kernels begin with `from __future__ import annotations`, so that the
 annotation `tl.constexpr` is not looked up.
 """
 

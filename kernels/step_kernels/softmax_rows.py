@@ -1,0 +1,146 @@
+"""Triton kernels of `linear_cross_entropy`: passes over rows of logits, one program a row.
+
+A row of a whole vocabulary in bfloat16 is 317 KB: too long for one block, short enough that the rows in flight (one on each
+multiprocessor, 42 MB) are still in the second-level cache when they are read again. So a program walks over its row in blocks,
+and the fused kernel, which needs the row twice, reads it from memory once.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from step_kernels.triton_language import jit, tl
+
+# 16 bytes a thread and load at 16 warps; smaller rows take a block of their own length.
+_BLOCK, _WARPS = 4096, 16
+
+
+@jit
+def _row_statistics(row, width, BLOCK: tl.constexpr, MOMENTS: tl.constexpr):
+    """Maximum m, sum of e^(x - m), sum of e^(x - m) (x - m); sums are kept per lane, so that a block costs one reduction."""
+    lowest = -3.0e38
+    largest = lowest
+    total = tl.zeros([BLOCK], tl.float32)
+    moment = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, width, BLOCK):
+        columns = begin + tl.arange(0, BLOCK)
+        values = tl.load(row + columns, mask=columns < width, other=0.0).to(tl.float32)
+        values = tl.where(columns < width, values, lowest)
+        before = largest
+        largest = tl.maximum(before, tl.max(values, 0))
+        factor = tl.exp(before - largest)
+        below = values - largest
+        power = tl.exp(below)
+        if MOMENTS:
+            moment = (moment + total * (before - largest)) * factor + power * below
+        total = total * factor + power
+    return largest, tl.sum(total, 0), tl.sum(moment, 0)
+
+
+@jit
+def _row_gradient(row, width, target, lse, first, second, at_target, BLOCK: tl.constexpr, MOMENTS: tl.constexpr):
+    """Replace x by p (first + second (x - lse)), p = e^(x - lse), and add `at_target` at column `target`."""
+    for begin in range(0, width, BLOCK):
+        columns = begin + tl.arange(0, BLOCK)
+        log_p = tl.load(row + columns, mask=columns < width, other=0.0).to(tl.float32) - lse
+        slope = first + second * log_p if MOMENTS else first
+        gradient = tl.exp(log_p) * slope + tl.where(columns == target, at_target, 0.0)
+        tl.store(row + columns, gradient.to(row.dtype.element_ty), mask=columns < width)
+
+
+@jit
+def softmax_statistics_kernel(logits, labels, out, start, rows, width, BLOCK: tl.constexpr, MOMENTS: tl.constexpr):
+    """`out[4, rows]`: maximum, sum, target logit (0 where another rank has it), moment."""
+    index = tl.program_id(0)
+    row = logits + index.to(tl.int64) * width
+    largest, total, moment = _row_statistics(row, width, BLOCK, MOMENTS)
+    target = tl.load(labels + index) - start
+    inside = (target >= 0) & (target < width)
+    tl.store(out + index, largest)
+    tl.store(out + rows + index, total)
+    tl.store(out + 2 * rows + index, tl.load(row + target, mask=inside, other=0.0).to(tl.float32))
+    tl.store(out + 3 * rows + index, moment)
+
+
+@jit
+def softmax_gradient_kernel(
+    logits, labels, lse, first, second, at_target, start, width, BLOCK: tl.constexpr, MOMENTS: tl.constexpr
+):
+    """The gradient of every row, in place."""
+    index = tl.program_id(0)
+    row = logits + index.to(tl.int64) * width
+    target = tl.load(labels + index) - start
+    coefficients = tl.load(first + index), tl.load(second + index), tl.load(at_target + index)
+    _row_gradient(row, width, target, tl.load(lse + index), *coefficients, BLOCK, MOMENTS)
+
+
+@jit
+def softmax_losses_kernel(logits, labels, weights, losses, start, width, BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
+    """The loss of every row and, in place, the gradient of weight times loss, for a vocabulary that is whole on this device."""
+    index = tl.program_id(0)
+    row = logits + index.to(tl.int64) * width
+    largest, total, _ = _row_statistics(row, width, BLOCK, False)
+    lse = largest + tl.log(total)
+    target = tl.load(labels + index) - start
+    inside = (target >= 0) & (target < width)
+    tl.store(losses + index, lse - tl.load(row + target, mask=inside, other=0.0).to(tl.float32))
+    if GRADIENT:
+        # The target logit has been read by every thread before one overwrites it.
+        tl.debug_barrier()
+        weight = tl.load(weights + index)
+        _row_gradient(row, width, target, lse, weight, 0.0, -weight, BLOCK, False)
+
+
+def _launch(width: int) -> dict[str, int]:
+    block = min(_BLOCK, 1 << max(width - 1, 1).bit_length())
+    return {"BLOCK": block, "num_warps": min(_WARPS, max(1, block // 256))}
+
+
+def statistics_triton(logits: torch.Tensor, labels: torch.Tensor, start: int, moments: bool, out: torch.Tensor) -> None:
+    """`softmax_statistics` of the native library, in Triton."""
+    rows, width = logits.shape
+    softmax_statistics_kernel[(rows,)](logits, labels, out, start, rows, width, MOMENTS=moments, **_launch(width))
+
+
+def gradient_triton(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    start: int,
+    lse: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    at_target: torch.Tensor,
+) -> None:
+    """`softmax_gradient` of the native library, in Triton."""
+    rows, width = logits.shape
+    per_row = lse, first, second, at_target
+    softmax_gradient_kernel[(rows,)](logits, labels, *per_row, start, width, MOMENTS=True, **_launch(width))
+
+
+def losses_triton(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, start: int, gradient: bool
+) -> None:
+    """Losses and, if asked, the gradient in place, in one kernel."""
+    rows, width = logits.shape
+    softmax_losses_kernel[(rows,)](logits, labels, weights, out, start, width, GRADIENT=gradient, **_launch(width))
+
+
+def aot_kernels():
+    """What the ahead-of-time inspection compiles: the 32B vocabulary, a chunk of 1,024 tokens in bfloat16."""
+    rows, width = 1024, 158_720
+    elements, launch = rows * width, _launch(158_720)
+    block, warps = {"BLOCK": launch["BLOCK"]}, launch["num_warps"]
+    logits = {"logits": "*bf16", "labels": "*i64"}
+    floats = dict.fromkeys(("lse", "first", "second", "at_target"), "*fp32")
+    statistics = logits | {"out": "*fp32", "start": "i32", "rows": "i32", "width": "i32"}
+    gradient = logits | floats | {"start": "i32", "width": "i32"}
+    losses = logits | {"weights": "*fp32", "losses": "*fp32", "start": "i32", "width": "i32"}
+    name = "linear_cross_entropy 1024 x 158720"
+    # Exponentials, one fused multiply-add to take the maximum off and one to sum up, counted as five operations each time.
+    for kernel, signature, flag, passes, moved in (
+        (softmax_statistics_kernel, statistics, {"MOMENTS": True}, 1, 2),
+        (softmax_gradient_kernel, gradient, {"MOMENTS": True}, 1, 4),
+        (softmax_losses_kernel, losses, {"GRADIENT": True}, 2, 4),
+    ):
+        aligned = [each for each, kind in signature.items() if kind.startswith("*") or each == "width"]
+        yield name, kernel, signature, block | flag, aligned, warps, 3, 5 * passes * elements, moved * elements
