@@ -151,7 +151,9 @@ def _add_chat(commands) -> None:
 
 def _add_bench(commands) -> None:
     parser = _command(commands, "bench", _bench, "time a part or an op against its peers, side by side in one run")
-    parser.add_argument("name", choices=("front-end", "encoder", "train-step", *BENCHED_OPS))
+    parser.add_argument("name", nargs="?", choices=("front-end", "encoder", "train-step", *BENCHED_OPS))
+    parser.add_argument("--inspect", action="store_true", help="compile every GPU kernel and hold it against its budget")
+    parser.add_argument("--arch", action="append", help="with --inspect: sm_90a (default), sm_80, sm_100; may be repeated")
     parser.add_argument("--data", type=Path, default=_default_data())
     parser.add_argument("--repeats", type=int, help="rounds (default: 5, of an op 15)")
     parser.add_argument("--clips", type=int, help="clips in the sample")
@@ -246,10 +248,16 @@ def _chat(options) -> None:
     chat(options.run, options.audio, options.text)
 
 
-def _bench(options) -> None:
+def _bench(options) -> int | None:
     import importlib
     import importlib.util
 
+    if options.inspect:
+        from step_kernels.inspect import ARCHITECTURES, run
+
+        return run(options.arch or ARCHITECTURES[:1], options.json)
+    if options.name is None:
+        raise UserError("bench: say what to time (see --help), or --inspect")
     if options.name in BENCHED_OPS:
         from step_kernels.bench import run
 

@@ -119,7 +119,7 @@ _op.register_autograd(_gradients, setup_context=_keep_positions)
 
 
 def cuda_kernels():
-    """What the ahead-of-time inspection looks at, see `step_kernels.inspect`; the 32B decoder's width, half of the tokens audio."""
+    """What the ahead-of-time inspection looks at, see `step_kernels.inspect`: the 32B decoder's width, half audio."""
     length, count, width = 8192, 4096, 5120
     for name, moved in (("clear_source", 4 * length), ("mark_source", 12 * count)):
         yield f"{OP}.{name} {length} tokens", "merge_audio.cu", name, 0, 0, moved

@@ -82,6 +82,18 @@ def _torch(hidden, cu_seqlens, weight, bias, eps, rows):
     return torch.nn.functional.layer_norm(pooled, weight.shape, weight, bias, eps)
 
 
+def cuda_kernels():
+    """What the ahead-of-time inspection looks at, see `step_kernels.inspect`."""
+    rows = 8192
+    # A sum for the pool, then five operations: mean, centred, squared, scaled, shifted.
+    for width, kernel in ((1280, "warp"), (512, "warp"), (4096, "block")):
+        for name, size, mangled in (("fp32", 4, "f"), ("bf16", 2, "13__nv_bfloat16"), ("fp16", 2, "6__half")):
+            vectors = f"Li{width * size // 512}E" if kernel == "warp" else "E"
+            entry = f"pool_norm_{kernel}I{mangled}{vectors}"
+            flops, moved, shared = 8 * rows * width, 3 * rows * width * size, 0 if kernel == "warp" else 4 * width
+            yield f"{OP}.pool_norm_{kernel} {rows} x {width} {name}", "pool_norm_downsample.cu", entry, shared, flops, moved
+
+
 def _source_rows(cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:
     """First input row of each output row, `[rows]` int64, without reading anything back to the host."""
     starts, pooled = cu_seqlens[:-1].long(), cu_seqlens.diff().long() // 2

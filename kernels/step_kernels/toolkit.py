@@ -30,11 +30,11 @@ def require_nvcc() -> str:
     """Path of nvcc.
 
     Raises:
-        RuntimeError: there is none; says how to get one.
+        FileNotFoundError: there is none; says how to get one.
     """
     nvcc = find_nvcc()
     if nvcc is None:
-        raise RuntimeError(REMEDY)
+        raise FileNotFoundError(REMEDY)
     return nvcc
 
 

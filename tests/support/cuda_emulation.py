@@ -37,7 +37,8 @@ def compile_kernel(source: Path, *flags: str) -> ctypes.CDLL:
     """Compile a .cu file for the emulation; kept under `build/emulation` as long as no source changes.
 
     Raises:
-        RuntimeError: CUDA's headers are missing (says how to get them), or the compiler refuses the source.
+        FileNotFoundError: CUDA's headers are missing; says how to get them.
+        RuntimeError: the compiler refuses the source.
     """
     includes = [f"-I{folder}" for folder in toolkit.include_folders(toolkit.require_nvcc())]
     command = [os.environ.get("CXX", "c++"), "-x", "c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing"]
