@@ -90,8 +90,15 @@ def save(config: Config, path: str | Path) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML whose floats include `1e-4` (YAML 1.1 reads that as a string)."""
+    """Safe YAML 1.2 in two points where PyYAML's 1.1 surprises: `1e-4` is a float, and `on`, `off`, `yes`, `no` are words."""
 
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

@@ -78,3 +78,10 @@ def test_absolute_paths_mean_the_same_in_another_directory(tmp_path, monkeypatch
     )
     # What is not a path stays: no cache directory, and random encoder weights.
     assert (config.audio.cache_dir, config.encoder.weights) == ("", "random")
+
+
+def test_words_and_numbers_are_read_as_yaml_1_2_has_them(tmp_path):
+    config = load_config(recipe(tmp_path, "audio: {cache: off}\nmodel: {tie_embeddings: true}\n"), ["megatron.optimizer.lr=1e-4"])
+    assert (config.audio.cache, config.model.tie_embeddings, config.megatron.optimizer["lr"]) == ("off", True, 1e-4)
+    save(config, tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml") == config
