@@ -30,6 +30,12 @@ static void softmax_gradient_cpu(const Tensor& logits, const Tensor& labels, int
            check_per_row(at_target, "at_target", logits), logits.size(0), logits.size(1), start);
 }
 
+static void scale_cpu(const Tensor& values, const Tensor& factor) {
+  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.is_contiguous(), "values must be contiguous float32");
+  check(factor, "factor", ScalarType::Float, 0);
+  STEP_CPU(scale, mutable_floats(values), floats(factor), values.numel());
+}
+
 }  // namespace step
 
 STABLE_TORCH_LIBRARY_FRAGMENT(step_native, m) {
@@ -37,8 +43,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(step_native, m) {
   m.def(
       "softmax_gradient(Tensor(a!) logits, Tensor labels, int start, Tensor lse, Tensor first, Tensor second, Tensor at_target) -> "
       "()");
+  m.def("scale(Tensor(a!) values, Tensor factor) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(step_native, CPU, m) {
   m.impl("softmax_statistics", TORCH_BOX(&step::softmax_statistics_cpu));
   m.impl("softmax_gradient", TORCH_BOX(&step::softmax_gradient_cpu));
+  m.impl("scale", TORCH_BOX(&step::scale_cpu));
 }

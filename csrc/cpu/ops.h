@@ -17,12 +17,15 @@
   void merge_audio(const char* tokens, const char* audio, const int32_t* source, char* out, int64_t length, int64_t row_bytes);  \
   void merge_audio_backward(const char* gradient, const int32_t* source, char* tokens, char* audio, int64_t length,              \
                             int64_t row_bytes);                                                                                  \
+  void gae_varlen(const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap, int64_t segments,\
+                  float gamma, float decay, float* advantages, float* returns);                                                  \
   void pool_norm_downsample(const float* hidden, const int32_t* cu_seqlens, int64_t segments, const float* weight,                \
                             const float* bias, float* out, int64_t rows, int64_t width, float eps);                               \
   void softmax_statistics(const float* logits, const int64_t* labels, float* out, int64_t rows, int64_t width, int64_t start,     \
                           bool moments);                                                                                          \
   void softmax_gradient(float* logits, const int64_t* labels, const float* lse, const float* first, const float* second,          \
                         const float* at_target, int64_t rows, int64_t width, int64_t start);                                      \
+  void scale(float* values, const float* factor, int64_t count);                                                                  \
   }
 
 namespace step {

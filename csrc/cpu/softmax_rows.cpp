@@ -101,5 +101,12 @@ void softmax_gradient(float* logits, const int64_t* labels, const float* lse, co
   });
 }
 
+void scale(float* values, const float* factor, int64_t count) {
+  if (*factor == 1.0f) return;
+  parallel_for(count, 16384, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) values[i] *= *factor;
+  });
+}
+
 }  // namespace STEP_ISA
 }  // namespace step

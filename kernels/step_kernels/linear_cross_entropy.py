@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import cross_entropy
 
 from step_kernels import native, registry
-from step_kernels.softmax_rows import gradient_triton, losses_triton, statistics_triton
+from step_kernels.softmax_rows import gradient_triton, losses_triton, scale_triton, statistics_triton
 
 OP = "linear_cross_entropy"
 registry.register(OP, triton=(*registry.HALF, torch.float32), cpp=(torch.float32,))
@@ -151,6 +151,21 @@ def _(hidden, weight, labels, token_weights, vocabulary_start, group, hidden_wan
     return token_weights.new_empty(()), torch.empty_like(token_weights), *gradients
 
 
+@torch.library.custom_op("step::linear_cross_entropy_scale", mutates_args=("gradient",))
+def _scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
+    # The factor is one in most steps: the kernels look at it where it is, so that nothing waits for it, and then do nothing.
+    backend = registry.backend(OP, gradient)
+    if backend == "torch":
+        gradient.mul_(factor)
+    else:
+        (native.ops().scale if backend == "cpp" else scale_triton)(gradient, factor)
+
+
+@_scale.register_fake
+def _(gradient, factor):
+    return None
+
+
 def _save_gradients(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros of the weight's size for the outputs that have no gradient
@@ -163,11 +178,12 @@ def _scale_gradients(ctx, grad_total, *_):
         raise RuntimeError(f"{OP}: its gradients are formed once, in the forward pass; call it again for a second backward")
     gradients = [each if wanted else None for each, wanted in zip(ctx.gradients, ctx.wanted, strict=True)]
     ctx.gradients.clear()
-    # Nothing to do in most steps, which a CPU may look at; a GPU's value is not waited for.
-    if grad_total.device.type != "cpu" or grad_total.item() != 1:
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(grad_total)
+    if type(grad_total) is not torch.Tensor:
+        # Traced by torch.compile, which does not take a backward that changes what the forward has made.
+        gradients = [each if each is None else (each * grad_total).to(each.dtype) for each in gradients]
+    else:
+        for each in filter(lambda each: each is not None, gradients):
+            _scale(each, grad_total)
     return *gradients, *[None] * 6
 
 

@@ -91,6 +91,16 @@ def softmax_losses_kernel(logits, labels, weights, losses, start, width, BLOCK: 
         _row_gradient(row, width, target, lse, weight, 0.0, -weight, BLOCK, False)
 
 
+@jit
+def scale_kernel(values, factor, count, BLOCK: tl.constexpr):
+    """Multiply in place; a factor of one, which only the device knows, costs nothing."""
+    scale = tl.load(factor)
+    if scale != 1.0:
+        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        scaled = tl.load(values + index, mask=index < count).to(tl.float32) * scale
+        tl.store(values + index, scaled.to(values.dtype.element_ty), mask=index < count)
+
+
 def _launch(width: int) -> dict[str, int]:
     block = min(_BLOCK, 1 << max(width - 1, 1).bit_length())
     return {"BLOCK": block, "num_warps": min(_WARPS, max(1, block // 256))}
@@ -125,6 +135,12 @@ def losses_triton(
     softmax_losses_kernel[(rows,)](logits, labels, weights, out, start, width, GRADIENT=gradient, **_launch(width))
 
 
+def scale_triton(values: torch.Tensor, factor: torch.Tensor) -> None:
+    """`scale` of the native library, in Triton."""
+    if values.numel():
+        scale_kernel[(-(-values.numel() // _BLOCK),)](values, factor, values.numel(), BLOCK=_BLOCK)
+
+
 def aot_kernels():
     """What the ahead-of-time inspection compiles: the 32B vocabulary, a chunk of 1,024 tokens in bfloat16."""
     rows, width = 1024, 158_720
@@ -144,3 +160,7 @@ def aot_kernels():
     ):
         aligned = [each for each, kind in signature.items() if kind.startswith("*") or each == "width"]
         yield name, kernel, signature, block | flag, aligned, warps, 3, 5 * passes * elements, moved * elements
+    elements = 158_720 * 5120
+    signature = {"values": "*bf16", "factor": "*fp32", "count": "i32"}
+    name = "linear_cross_entropy 158720 x 5120"
+    yield name, scale_kernel, signature, {"BLOCK": _BLOCK}, list(signature), 4, 3, elements, 4 * elements

@@ -22,7 +22,9 @@ from step_megatron.model import weights
 from step_megatron.model.adaptor import AudioAdaptor
 from step_megatron.model.batch import ModelBatch
 from step_megatron.model.decoder import build_decoder, transformer_config
+from step_megatron.model.output_layer import OutputLayer
 from step_megatron.model.rope import RotaryTable
+from step_megatron.model.segments import PackedSegments
 from step_megatron.runtime import seeds
 
 __all__ = ["AudioLanguageModel", "ModelBatch", "build_model"]
@@ -53,9 +55,7 @@ class AudioLanguageModel(MegatronModule):
         self._predicted: torch.Tensor | None = None
         if self.post_process:
             self.language_model.decoder.register_forward_hook(self._select_predicted)
-            output_layer = self.language_model.output_layer
-            output_layer.allreduce_dgrad |= output_layer.sequence_parallel
-            output_layer.sequence_parallel = False
+            OutputLayer.adopt(self.language_model.output_layer)
         if self.pre_process:
             # The adaptor is whole on every tensor-parallel rank, so all draw it alike, without disturbing the run's generators.
             with torch.random.fork_rng(devices=[]):
@@ -71,11 +71,12 @@ class AudioLanguageModel(MegatronModule):
         """The tied weight of this stage, whose gradient Megatron sums over the first and the last stage."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def forward(self, batch: ModelBatch) -> torch.Tensor:
+    def forward(self, batch: ModelBatch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Run this stage.
 
         Returns:
-            Last stage with labels: the loss of every token, `[1, T_local]`, or of those in `batch.predicted`, `[1, n]`; float32.
+            Last stage with labels: the loss of every token, `[1, T_local]`, or of those in `batch.predicted`, `[1, n]`, float32;
+            with `batch.loss_weights` their weighted sum, through which alone gradients then flow, and the losses.
             Last stage without labels: logits, `[1, T_local, vocabulary / tp]`. Other stages: activations,
             `[T_local (/ tp with sequence parallelism), 1, width]`.
         """
@@ -84,12 +85,13 @@ class AudioLanguageModel(MegatronModule):
         decoder_input = self.embed(batch) if self.pre_process else None
         self._predicted = batch.predicted
         try:
+            if self.post_process and batch.labels is not None:
+                return self._losses(batch, decoder_input, packed)
             return self.language_model(
                 input_ids=None,
                 position_ids=None,
                 attention_mask=None,
                 decoder_input=decoder_input,
-                labels=batch.labels,
                 packed_seq_params=packed,
             )
         finally:
@@ -116,10 +118,16 @@ class AudioLanguageModel(MegatronModule):
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.tp_group)
         return self._keep_gradient(embeddings)
 
+    def _losses(self, batch: ModelBatch, decoder_input: torch.Tensor | None, packed: PackedSegments):
+        """Layers and output layer of the last stage, as `GPTModel.forward` runs them, labels going to the output layer."""
+        hidden = self.language_model.decoder(hidden_states=decoder_input, attention_mask=None, packed_seq_params=packed)
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.language_model.output_layer(hidden, weight=tied, labels=batch.labels, token_weights=batch.loss_weights)
+
     def _select_predicted(self, decoder: torch.nn.Module, inputs: tuple, hidden: torch.Tensor) -> torch.Tensor:
         """Forward hook of the last stage's layers: keep the rows that go through the output layer, whole on every rank."""
         if self.config.sequence_parallel:
-            # The output layer is told not to gather: its input gradient is summed over the ranks before it comes back here.
+            # The output layer does not gather (`OutputLayer.adopt`): it sums its input's gradient over the ranks itself.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp_group)
         return hidden if self._predicted is None else hidden.index_select(0, self._predicted)
 

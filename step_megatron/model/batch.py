@@ -24,6 +24,8 @@ class ModelBatch:
             vouches for the counts.
         predicted: `[n]` int64, index into `T_local` of the tokens whose loss is wanted; `labels` are then theirs, `[1, n]`. The
             output layer and the loss, a quarter of a small model, see these alone. None for all tokens.
+        loss_weights: float, the shape of `labels`: what each loss counts for in the sum that is trained on (the loss mask).
+            Known beforehand, it lets the output layer form its gradients in the forward pass. None for losses with gradients.
     """
 
     tokens: torch.Tensor
@@ -35,6 +37,7 @@ class ModelBatch:
     audio_names: tuple[str, ...] = ()
     audio_tokens: tuple[int, ...] = ()
     predicted: torch.Tensor | None = None
+    loss_weights: torch.Tensor | None = None
     encoder_starts: torch.Tensor | None = None
 
 

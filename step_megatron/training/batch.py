@@ -94,6 +94,7 @@ def to_device(
             audio_names=_audio_names(micro_batch),
             audio_tokens=tuple(span.tokens for span in micro_batch.audio),
             predicted=on_device["predicted"],
+            loss_weights=on_device["loss_mask"],
             encoder_starts=on_device.get("encoder_starts"),
         ),
         loss_mask=on_device["loss_mask"],

@@ -14,12 +14,13 @@ import torch
 
 
 def masked_loss(
-    losses: torch.Tensor, loss_mask: torch.Tensor, source: torch.Tensor, sources: int
+    output: tuple[torch.Tensor, torch.Tensor], loss_mask: torch.Tensor, source: torch.Tensor, sources: int
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum the losses of the trained tokens, in the form that Megatron's schedules take for a per-token mean.
+    """The losses of the trained tokens in the form that Megatron's schedules take for a per-token mean.
 
     Args:
-        losses: `[1, n]`, one per predicted token of this rank (of its slice, under context parallelism).
+        output: the model's: the summed loss of the trained tokens, with gradient, and the loss of each predicted token of this
+            rank (of its slice, under context parallelism), `[1, n]`, without.
         loss_mask: `[1, n]` float, 1 where the token is trained.
         source: `[n]` int64, which source of the mixture each token comes from; anything valid where the mask is 0.
         sources: number of sources.
@@ -28,8 +29,8 @@ def masked_loss(
         The summed loss (with gradient), the number of trained tokens (int32), and `{"sums": [sources, 2]}`: loss sum and token
         count of each source, float64 on the device (no host synchronisation here).
     """
-    trained = losses.float() * loss_mask
+    total, losses = output
     sums = torch.zeros(sources, 2, dtype=torch.float64, device=losses.device)
-    values = torch.stack((trained.detach().flatten(), loss_mask.flatten()), dim=1).double()
+    values = torch.stack(((losses * loss_mask).flatten(), loss_mask.flatten()), dim=1).double()
     sums.index_add_(0, source, values)
-    return trained.sum(), loss_mask.sum().to(torch.int32), {"sums": sums}
+    return total, loss_mask.sum().to(torch.int32), {"sums": sums}

@@ -1,0 +1,64 @@
+"""The decoder's output layer: logits for generation, and the loss without logits for training.
+
+Megatron computes the logits of all tokens, then their cross entropy; at a vocabulary of 158,720 these are most of a step's peak
+memory. Here the layer is given the labels and calls `linear_cross_entropy`, which does both by chunks of tokens.
+"""
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from step_kernels import linear_cross_entropy, linear_log_probs
+
+
+class OutputLayer(ColumnParallelLinear):
+    """Megatron's vocabulary-parallel output layer, with losses instead of logits where labels are given.
+
+    A forward of the layer, not a function that reads its weight: Megatron's overlapped parameter gathering waits for a module's
+    weight in a hook before its forward.
+    """
+
+    @classmethod
+    def adopt(cls, layer: ColumnParallelLinear) -> None:
+        """Make the layer that Megatron's `GPTModel` has built, and marked as embedding or output, one of this class.
+
+        Raises:
+            ValueError: a setting of Megatron's own output layer that this one does not have.
+        """
+        if layer.config.defer_embedding_wgrad_compute:
+            raise ValueError(
+                "megatron.transformer.defer_embedding_wgrad_compute: the output layer has its gradients with the loss; remove it"
+            )
+        # Sequence parallelism ends before the layer (`AudioLanguageModel`): it is told not to gather, but to sum the gradient.
+        layer.allreduce_dgrad |= layer.sequence_parallel
+        layer.sequence_parallel = False
+        layer.__class__ = cls
+
+    def forward(
+        self,
+        input_: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        labels: torch.Tensor | None = None,
+        token_weights: torch.Tensor | None = None,
+    ):
+        """Logits as Megatron returns them or, with `labels`, losses.
+
+        Args:
+            input_: `[n, 1, width]`, whole on every rank.
+            weight: the tied embeddings' weight, None for the layer's own.
+            runtime_gather_output: of Megatron's layer.
+            labels: `[1, n]` int64.
+            token_weights: `[1, n]` float, known weight of each token's loss.
+
+        Returns:
+            With `token_weights` the weighted sum, through which gradients flow, and `[1, n]` losses without gradient; with labels
+            alone `[1, n]` losses with gradient (the logits are computed again in backward). Float32.
+        """
+        if labels is None:
+            return super().forward(input_, weight, runtime_gather_output)
+        weight = self.weight if weight is None else weight
+        place = {"vocabulary_start": self.tp_group.rank() * weight.shape[0], "group": self.tp_group}
+        hidden, labels = input_.squeeze(1), labels.squeeze(0)
+        if token_weights is None:
+            return -linear_log_probs(hidden, weight, labels, **place)[0].unsqueeze(0)
+        total, losses = linear_cross_entropy(hidden, weight, labels, token_weights.squeeze(0), **place)
+        return total, losses.unsqueeze(0)
