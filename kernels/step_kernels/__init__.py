@@ -9,6 +9,7 @@ for the device.
 from step_kernels.audio_attention import audio_attention_varlen
 from step_kernels.causal_attention import causal_attention_varlen
 from step_kernels.conv_downsample import conv_downsample_gelu
+from step_kernels.gae import gae_varlen
 from step_kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
 from step_kernels.merge_audio import merge_audio_embeddings
 from step_kernels.paged_attention import paged_attention
@@ -22,6 +23,7 @@ __all__ = [
     "backends_of",
     "causal_attention_varlen",
     "conv_downsample_gelu",
+    "gae_varlen",
     "linear_cross_entropy",
     "linear_log_probs",
     "merge_audio_embeddings",

@@ -156,7 +156,8 @@ def _modules() -> Iterator:
 
 def _triton(module) -> Iterator[Kernel]:
     function = getattr(module, "aot_kernels", None)
-    if function is None or function.__module__ != module.__name__:
+    # One that is imported is stated by its own file; one with arguments serves several files that state theirs.
+    if function is None or function.__module__ != module.__name__ or function.__code__.co_argcount:
         return
     for name, kernel, signature, constants, aligned, warps, stages, flops, moved in function():
         op, _, shape = name.partition(" ")

@@ -155,11 +155,17 @@ def _merge_audio_backward(gradient, positions, source, tokens, audio):
     launch(CUDA / "merge_audio.cu", "step_merge_audio_backward", *arguments)
 
 
+def _gae_varlen(rewards, values, cu_seqlens, bootstrap, gamma, lam, advantages, returns):
+    inputs = (rewards, values, cu_seqlens, bootstrap, len(bootstrap))
+    launch(CUDA / "gae.cu", "step_gae_varlen", *inputs, float(gamma), float(gamma * lam), advantages, returns)
+
+
 # What the bindings do on a GPU, by the name of the native op.
 BINDINGS = {
     "pool_norm_downsample_rows": _pool_norm_downsample_rows,
     "merge_audio": _merge_audio,
     "merge_audio_backward": _merge_audio_backward,
+    "gae_varlen": _gae_varlen,
 }
 
 

@@ -5,10 +5,10 @@ Each has to be twice as fast as eager torch over the packed rows and no slower t
 
 import torch
 
-from step_kernels import conv_downsample_gelu, merge_audio_embeddings, pool_norm_downsample
+from step_kernels import conv_downsample_gelu, gae_varlen, merge_audio_embeddings, pool_norm_downsample
 from step_kernels.bench import lengths as real
 from step_kernels.bench.contestants import compiled, eager, forward_backward, ours
-from step_kernels.bench.harness import Case
+from step_kernels.bench.harness import Case, Contestant
 from step_kernels.conv_downsample import downsample_taps
 from step_kernels.segments import cumulative
 
@@ -119,8 +119,41 @@ def merge_cases(device: torch.device) -> list[Case]:
     return cases
 
 
+def _eager_gae(rewards, values, cu_seqlens, gamma, lam):
+    """As TRL writes it: a loop over the longest response's tokens on padded rows, here with the padding and its removal."""
+    lengths = cu_seqlens.diff().tolist()
+    padded = [torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True) for x in (rewards, values)]
+    inside = torch.arange(padded[0].shape[1], device=values.device) < cu_seqlens.diff()[:, None]
+    last, advantages = torch.zeros_like(padded[0][:, 0]), []
+    for t in reversed(range(padded[0].shape[1])):
+        next_values = padded[1][:, t + 1] if t + 1 < padded[0].shape[1] else 0.0
+        last = padded[0][:, t] + gamma * next_values - padded[1][:, t] + gamma * lam * last
+        advantages.append(last)
+    advantages = torch.stack(advantages[::-1], 1)[inside]
+    return advantages, advantages + values
+
+
+def gae_cases(device: torch.device) -> list[Case]:
+    from step_kernels.gae import _torch
+
+    cases = []
+    for lengths in (real.asterisk(), [256 + 37 * (n % 48) for n in range(64)]):
+        tokens, cu_seqlens = sum(lengths), cumulative(lengths, device)
+        arguments = (_random(device, tokens), _random(device, tokens, scale=0.5), cu_seqlens, 1.0, 0.95)
+        scan = (*arguments[:3], torch.zeros(len(lengths), device=device), *arguments[3:])
+        contestants = [
+            *ours("gae_varlen", lambda a=arguments: gae_varlen(*a), device),
+            eager(lambda a=scan: _torch(*a), _EAGER),
+            compiled(_torch, scan, _COMPILED),
+            Contestant("eager, padded loop", lambda a=arguments: lambda: _eager_gae(*a), _EAGER),
+        ]
+        cases.append(Case("gae", f"{len(lengths)} segments, {tokens} tokens", contestants, tolerance=1e-4))
+    return cases
+
+
 CASES = {
     "pool-norm-downsample": pool_norm_cases,
     "conv-downsample-gelu": conv_cases,
     "merge-audio": merge_cases,
+    "gae": gae_cases,
 }
