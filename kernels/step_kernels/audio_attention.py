@@ -7,15 +7,15 @@ Differentiable in query, key and value, though the frozen encoder needs the forw
 Source: Whisper / Qwen2-Audio encoder at 50 Hz (head dimension 64); softmax in at least float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from step_kernels import packed_attention, registry
+from step_kernels import packed_attention, packed_attention_triton, registry
 from step_kernels.segments import check_packed
 
 OP = "audio_attention_varlen"
-registry.register(OP, cpp=(torch.float32,))
+registry.register(OP, triton=(*registry.HALF, torch.float32), cpp=(torch.float32,))
 _op = packed_attention.define(OP, causal=False)
 
 
@@ -66,3 +66,8 @@ def audio_attention_varlen(
         )
     valid = () if list(valid) == list(lengths) else valid
     return packed_attention.attend(_op, OP, query, key, value, cu_seqlens, lengths, valid, scale, return_lse)
+
+
+def aot_kernels() -> Iterator[tuple]:
+    """The Triton kernels for the inspection: the encoder, 20 heads of 64, 64 clips of 30 s at 50 Hz."""
+    return packed_attention_triton.aot_kernels(OP, 20, 20, 64, [1500] * 64, causal=False)

@@ -7,15 +7,15 @@ Differentiable in query, key and value.
 Source: Qwen2.5 decoder attention (GQA); packing as in FlashAttention's varlen interface.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from step_kernels import packed_attention, registry
+from step_kernels import packed_attention, packed_attention_triton, registry
 from step_kernels.segments import check_packed
 
 OP = "causal_attention_varlen"
-registry.register(OP, cpp=(torch.float32,))
+registry.register(OP, triton=(*registry.HALF, torch.float32), cpp=(torch.float32,))
 _op = packed_attention.define(OP, causal=True)
 
 
@@ -65,3 +65,8 @@ def causal_attention_varlen(
     if heads % key.shape[1]:
         raise ValueError(f"causal_attention_varlen: {heads} query heads are not a multiple of {key.shape[1]} key-value heads")
     return packed_attention.attend(_op, OP, query, key, value, cu_seqlens, lengths, (), scale, return_lse)
+
+
+def aot_kernels() -> Iterator[tuple]:
+    """The Triton kernels for the inspection: the 32B decoder, 40 heads of 128 on 8 key-value heads, 4 x 4,096 tokens."""
+    return packed_attention_triton.aot_kernels(OP, 40, 8, 128, [4096] * 4, causal=True)

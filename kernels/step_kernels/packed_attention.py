@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from step_kernels import native, registry
+from step_kernels import native, packed_attention_triton, registry
 from step_kernels.segments import equal_runs
 
 Op = Callable[
@@ -44,12 +44,13 @@ def attend(
         shapes = ", ".join(f"{list(part.shape)}" for part in (query, key, value))
         raise ValueError(f"{name}: query, key and value of one number of rows and one width are needed, got {shapes}")
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    if registry.backend(name, query, unfit=_unfit(query)) == "torch":
+    backend = _choose(name, query.device.type, query.dtype, query.shape[2])
+    if backend == "torch":
         # Outside of the operator: torch differentiates its own functions, in float64 too, and as often as wanted.
         causal = name == "causal_attention_varlen"
         out = attend_torch(query, key, value, lengths, valid, scale, causal)
         return (out, lse_torch(query, key, lengths, valid, scale, causal)) if return_lse else out
-    out, lse = op(query, key, value, cu_seqlens, lengths, valid, scale)
+    out, lse = op(query, key, value, cu_seqlens, lengths, valid, scale, backend)
     return (out, lse) if return_lse else out
 
 
@@ -65,14 +66,18 @@ def define(name: str, causal: bool) -> Op:
         lengths: Sequence[int],
         valid: Sequence[int],
         scale: float,
+        backend: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         query, key, value = _dense_heads(query, key, value)
         out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
-        native.ops().attention_forward(query, key, value, cu_seqlens, _int32(valid), scale, causal, out, lse)
+        if backend == "cpp":
+            native.ops().attention_forward(query, key, value, cu_seqlens, _int32(valid), scale, causal, out, lse)
+        else:
+            packed_attention_triton.forward(query, key, value, lengths, valid, scale, causal, out, lse)
         return out, lse
 
     @forward.register_fake
-    def _(query, key, value, cu_seqlens, lengths, valid, scale):
+    def _(query, key, value, cu_seqlens, lengths, valid, scale, backend):
         return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
 
     @torch.library.custom_op(f"step::{name}_backward", mutates_args=())
@@ -88,19 +93,26 @@ def define(name: str, causal: bool) -> Op:
         lengths: Sequence[int],
         valid: Sequence[int],
         scale: float,
+        backend: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         grad_out, query, key, value, out = _dense_heads(grad_out, query, key, value, out)
         gradients = tuple(part.new_empty(part.shape) for part in (query, key, value))
-        known = (grad_out, grad_lse.contiguous(), query, key, value, out, lse, cu_seqlens, _int32(valid))
-        native.ops().attention_backward(*known, scale, causal, *gradients)
+        known = (grad_out, grad_lse.contiguous(), query, key, value, out, lse)
+        if backend == "cpp":
+            native.ops().attention_backward(*known, cu_seqlens, _int32(valid), scale, causal, *gradients)
+            return gradients
+        if valid:  # the kernels do not touch the keys that nobody sees
+            for part in gradients[1:]:
+                part.zero_()
+        packed_attention_triton.backward(*known, lengths, valid, scale, causal, *gradients)
         return gradients
 
     @backward.register_fake
-    def _(grad_out, grad_lse, query, key, value, out, lse, cu_seqlens, lengths, valid, scale):
+    def _(grad_out, grad_lse, query, key, value, out, lse, cu_seqlens, lengths, valid, scale, backend):
         return tuple(part.new_empty(part.shape) for part in (query, key, value))
 
     def save(ctx, inputs, output):
-        query, key, value, cu_seqlens, ctx.lengths, ctx.valid, ctx.scale = inputs
+        query, key, value, cu_seqlens, *ctx.settings = inputs
         ctx.save_for_backward(query, key, value, *output, cu_seqlens)
         ctx.set_materialize_grads(False)
 
@@ -108,8 +120,8 @@ def define(name: str, causal: bool) -> Op:
         query, key, value, out, lse, cu_seqlens = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grad_lse = lse.new_empty(0, 0) if grad_lse is None else grad_lse
-        known = (grad_out, grad_lse, query, key, value, out, lse, cu_seqlens, ctx.lengths, ctx.valid, ctx.scale)
-        return *backward(*known), None, None, None, None
+        gradients = backward(grad_out, grad_lse, query, key, value, out, lse, cu_seqlens, *ctx.settings)
+        return *gradients, None, None, None, None, None
 
     forward.register_autograd(differentiate, setup_context=save)
     return forward
@@ -158,10 +170,14 @@ def _runs(query, key, value, lengths, valid):
         yield q, k[:, :, :keys], v[:, :, :keys], torch.ones(length, keys, dtype=torch.bool, device=query.device).triu(1)
 
 
-def _unfit(query: torch.Tensor) -> tuple[str, ...]:
-    """Backends that do not take this head dimension."""
-    dim = query.shape[2]
-    return () if dim % 16 == 0 and 0 < dim <= 256 else ("cpp",)
+def _choose(name: str, device: str, dtype: torch.dtype, dim: int) -> str:
+    fits = {"cpp": dim % 16 == 0 and 0 < dim <= 256, "triton": dim in packed_attention_triton.DIMS}
+    unfit = [backend for backend, fit in fits.items() if not fit]
+    return registry.backend(name, torch.empty(0, 0, dim, device=device, dtype=dtype), unfit)
+
+
+# torch.compiler.assume_constant_result, which would import the compiler: the choice is made once, when the caller is compiled.
+_choose._dynamo_marked_constant = True
 
 
 def _dense_heads(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
