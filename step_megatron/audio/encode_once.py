@@ -10,7 +10,6 @@ A clip that cannot be used (its file has gone, or has changed since it was index
 """
 
 import hashlib
-import heapq
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+from step_kernels.packing import balance
 
 from step_megatron.audio.address import AudioAddress
 from step_megatron.audio.cache import EncodedCache, EncodedClip
@@ -61,21 +61,6 @@ class _Wants:
 
     missing: tuple[str, ...]
     failed: dict[str, str]
-
-
-def assign_longest_first(lengths: Sequence[int], workers: int) -> list[list[int]]:
-    """Share out work: the longest item first, each to the worker with the least to do (never worse than 4/3 of the best).
-
-    Returns:
-        Indices into `lengths` for every worker, longest first. Equal lengths keep their order, so every rank computes the same.
-    """
-    shares: list[list[int]] = [[] for _ in range(workers)]
-    loads = [(0, worker) for worker in range(workers)]
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        load, worker = heapq.heappop(loads)
-        shares[worker].append(item)
-        heapq.heappush(loads, (load + lengths[item], worker))
-    return shares
 
 
 class EncodedAudio:
@@ -134,7 +119,7 @@ class EncodedAudio:
         self.cache.expect(sum(chunk_frames(samples).encoder for length in used for samples in chunk_lengths(length)))
         todo = self._agreed_missing(sorted(clips))
         lengths = [self.index[clips[sha256]].num_samples for sha256 in todo]
-        mine = assign_longest_first(lengths, self.runtime.local_world_size)[self.runtime.local_rank]
+        mine = balance(lengths, self.runtime.local_world_size)[self.runtime.local_rank]
         seconds = sum(lengths[i] for i in mine) / SAMPLE_RATE
         failed = {}
         # Silent ranks: `Progress` prints on rank 0 alone, whose share stands for the others'.
@@ -208,7 +193,7 @@ class EncodedAudio:
         Returns:
             The clips that this rank wants, and all failures with their reasons.
         """
-        shares = assign_longest_first([self.index[address].num_samples for address in todo], self.runtime.world_size)
+        shares = balance([self.index[address].num_samples for address in todo], self.runtime.world_size)
         mine = dict(self._encode([todo[i] for i in shares[self.runtime.rank]]))
         good = [self.index[address].num_samples for address, clip in mine.items() if clip.failure is None]
         self.encoded_frames = tuple(chunk_frames(samples).conv for length in good for samples in chunk_lengths(length))

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from step_kernels.packing import first_fit_decreasing
 
 from step_megatron.audio.cache import EncodedClip
 from step_megatron.audio.geometry import HOP_SAMPLES, chunk_frames
@@ -28,7 +29,6 @@ from step_megatron.benchmarks.train_step_peer import PADDED_FRAMES, Peer, Sample
 from step_megatron.config import load_config
 from step_megatron.config.schema import Config
 from step_megatron.data.micro_batch import MicroBatch, Padding, assemble
-from step_megatron.data.packing import first_fit_decreasing
 from step_megatron.data.template import AudioSpan, TokenizedSample
 from step_megatron.model.encoder import AudioEncoder, build_encoder
 from step_megatron.runtime.device import Runtime, initialize, shutdown

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from step_kernels.packing import balance_evenly
+
 from step_megatron.audio.geometry import ChunkFrames, chunk_frames, chunk_lengths
 from step_megatron.config.schema import Config
 from step_megatron.data.micro_batch import MicroBatch, Padding, assemble, drop_failed
 from step_megatron.data.mixture import Mixture, Source
-from step_megatron.data.packing import decoder_cost, longest_first, plan_window, round_up
+from step_megatron.data.packing import decoder_cost, plan_window, round_up
 from step_megatron.data.sources import DataError, TrainingSources
 from step_megatron.data.template import TokenizedSample, render
 from step_megatron.data.tokenizer import Tokenizer
@@ -118,7 +120,7 @@ class MixtureLoader:
             self._plan()
         step = self._steps.pop(0)
         costs = [decoder_cost([len(item.sample.input_ids) for item in items], self.break_even) for items in step]
-        return [self._assemble(step[i]) for i in longest_first(costs, self.dp_size)[self.dp_rank]]
+        return [self._assemble(step[i]) for i in balance_evenly(costs, self.dp_size)[self.dp_rank]]
 
     def clip_tokens(self, address: str) -> list[int]:
         """Placeholders of every chunk of an indexed clip.

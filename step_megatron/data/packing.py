@@ -4,73 +4,13 @@ A window of samples is packed into as few bins of at most `budget` tokens as fir
 given out, and what remains waits for the next window. Bins and steps are made alike in trained tokens: a step's loss is a mean
 over its tokens, so a step of short text samples (mostly target) and one of long clips (few targets) would distort the mixture.
 Within a step the bins are shared out over the ranks longest-processing-time first, every rank getting the same number, since a
-step is as slow as its slowest rank and pipeline schedules want equal counts.
+step is as slow as its slowest rank and pipeline schedules want equal counts. The algorithms are those of `step_kernels.packing`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
-def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Pack items into bins: longest first, each into the first bin with room.
-
-    Args:
-        lengths: tokens of each item, each between 1 and `budget`.
-
-    Returns:
-        Bins of item indices; every index exactly once, no bin above `budget`. At most 11/9 of the fewest bins possible, plus one
-        (Johnson, 1973).
-
-    Raises:
-        ValueError: an item that fits no bin.
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[item]
-        if not 1 <= length <= budget:
-            raise ValueError(f"item {item} has {length} tokens; a bin holds 1 to {budget}")
-        for index, free in enumerate(room):
-            if length <= free:
-                bins[index].append(item)
-                room[index] -= length
-                break
-        else:
-            bins.append([item])
-            room.append(budget - length)
-    return bins
-
-
-def pack_evenly(lengths: Sequence[int], weights: Sequence[int], budget: int) -> list[list[int]]:
-    """Pack items into about as many bins as first-fit-decreasing needs, with weights as even as that allows.
-
-    Longest first, each item goes to the bin with room that has the least weight; one that finds no room opens a bin.
-
-    Args:
-        lengths: tokens of each item, each between 1 and `budget`.
-        weights: trained tokens of each item.
-
-    Returns:
-        Bins of item indices; every index exactly once, no bin empty or above `budget`.
-
-    Raises:
-        ValueError: an item that fits no bin.
-    """
-    count = len(first_fit_decreasing(lengths, budget))
-    bins: list[list[int]] = [[] for _ in range(count)]
-    room, loads = [budget] * count, [0] * count
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fits = [b for b, free in enumerate(room) if free >= lengths[item]]
-        if not fits:
-            bins.append([])
-            room.append(budget)
-            loads.append(0)
-            fits = [len(bins) - 1]
-        chosen = min(fits, key=lambda b: (loads[b], -room[b], b))
-        bins[chosen].append(item)
-        room[chosen] -= lengths[item]
-        loads[chosen] += weights[item]
-    return [items for items in bins if items]
+from step_kernels.packing import balance_evenly, pack_evenly
 
 
 @dataclass(frozen=True)
@@ -97,26 +37,8 @@ def plan_window(
     bins.sort(key=lambda items: (min(ages[i] for i in items), -sum(lengths[i] for i in items), items[0]))
     count = len(bins) // bins_per_step
     going, left = bins[: count * bins_per_step], bins[count * bins_per_step :]
-    dealt = longest_first([sum(weights[i] for i in items) for items in going], count) if count else []
+    dealt = balance_evenly([sum(weights[i] for i in items) for items in going], count) if count else []
     return WindowPlan([[going[i] for i in step] for step in dealt], sorted(item for items in left for item in items))
-
-
-def longest_first(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Share items out over ranks, the same number each: dearest first, each to the rank with least so far that has a place.
-
-    Raises:
-        ValueError: the items cannot be shared out evenly.
-    """
-    if len(costs) % ranks:
-        raise ValueError(f"{len(costs)} items cannot be shared out evenly over {ranks} ranks; make it a multiple")
-    places = len(costs) // ranks
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0.0] * ranks
-    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min((r for r in range(ranks) if len(shares[r]) < places), key=lambda r: (loads[r], r))
-        shares[rank].append(item)
-        loads[rank] += costs[item]
-    return shares
 
 
 def decoder_cost(lengths: Sequence[int], break_even: float) -> float:

@@ -9,8 +9,9 @@ from audio.audio_files import write_voice
 from audio.encode_jobs import fetch_with_an_unreadable_clip, prepare_and_fetch
 from hypothesis import given
 from hypothesis import strategies as st
+from step_kernels.packing import balance
 
-from step_megatron.audio.encode_once import assign_longest_first, open_encoded_audio
+from step_megatron.audio.encode_once import open_encoded_audio
 from step_megatron.audio.errors import QuarantineLimitExceeded
 from step_megatron.audio.geometry import chunk_frames, chunk_lengths
 from step_megatron.audio.index import AudioIndex, validate
@@ -30,7 +31,7 @@ def corpus(tmp_path_factory):
 
 @given(st.lists(st.integers(1, 1000), max_size=60), st.integers(1, 9))
 def test_every_item_is_assigned_once(lengths, workers):
-    shares = assign_longest_first(lengths, workers)
+    shares = balance(lengths, workers)
     assert len(shares) == workers and sorted(i for share in shares for i in share) == list(range(len(lengths)))
 
 
@@ -41,7 +42,7 @@ def test_shares_are_within_a_third_of_the_best_possible(lengths, workers):
         max(sum(length for length, owner in zip(lengths, owners, strict=True) if owner == worker) for worker in range(workers))
         for owners in itertools.product(range(workers), repeat=len(lengths))
     )
-    loads = [sum(lengths[i] for i in share) for share in assign_longest_first(lengths, workers)]
+    loads = [sum(lengths[i] for i in share) for share in balance(lengths, workers)]
     assert max(loads) <= best * (4 / 3 - 1 / (3 * workers)) + 1e-9
 
 
@@ -148,7 +149,7 @@ def test_a_clip_unreadable_on_one_rank_only_is_left_out_by_all(corpus, worker_po
     world_size, sizes = LAYOUTS[layout]
     index = AudioIndex.load(folder)
     ordered = sorted(names)
-    shares = assign_longest_first([index[name].num_samples for name in ordered], world_size)
+    shares = balance([index[name].num_samples for name in ordered], world_size)
     quarantine = folder / "run" / "quarantine.jsonl"
     for blind_rank in range(world_size):
         broken = ordered[shares[blind_rank][0]]

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from step_kernels.packing import balance_evenly, first_fit_decreasing, pack_evenly
 
 from step_megatron.data.packing import (
     decoder_cost,
-    first_fit_decreasing,
-    longest_first,
-    pack_evenly,
     plan_window,
     round_up,
 )
@@ -90,24 +88,24 @@ def test_window_gives_whole_steps_and_keeps_the_rest(made, bins_per_step, seed):
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=12), st.integers(1, 4))
 def test_ranks_get_the_same_number_and_everything_is_given_out(costs, ranks):
     costs = costs * ranks
-    shares = longest_first(costs, ranks)
+    shares = balance_evenly(costs, ranks)
     assert sorted(itertools.chain(*shares)) == list(range(len(costs)))
     assert {len(share) for share in shares} == {len(costs) // ranks}
 
 
-def test_longest_first_balances():
-    shares = longest_first([9, 7, 6, 5, 4, 1], 2)
+def test_balance_evenly_balances():
+    shares = balance_evenly([9, 7, 6, 5, 4, 1], 2)
     assert shares == [[0, 3, 5], [1, 2, 4]] or sorted(sum([9, 7, 6, 5, 4, 1][i] for i in share) for share in shares) == [15, 17]
     draw = random.Random(1)
     costs = [draw.random() + 0.2 for _ in range(64)]
-    loads = [sum(costs[i] for i in share) for share in longest_first(costs, 4)]
+    loads = [sum(costs[i] for i in share) for share in balance_evenly(costs, 4)]
     in_order = [sum(costs[start::4]) for start in range(4)]
     assert max(loads) / min(loads) < 1.05 < max(in_order) / min(in_order)
 
 
 def test_uneven_shares_are_refused():
     with pytest.raises(ValueError, match="3 items cannot be shared out evenly over 2 ranks"):
-        longest_first([1, 2, 3], 2)
+        balance_evenly([1, 2, 3], 2)
 
 
 def test_item_that_fits_no_bin_is_refused():

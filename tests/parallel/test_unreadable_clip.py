@@ -12,8 +12,9 @@ SECONDS = (1.9, 1.5, 1.2, 0.8)
 def train_with_a_blind_rank(rank, world_size, *, folder, transformer, broken, blind):
     """Two steps; with `blind`, the one rank that reads clip `broken` cannot (one rank encodes a clip, inside the step)."""
     from audio.audio_files import CountingEncoder
+    from step_kernels.packing import balance
 
-    from step_megatron.audio.encode_once import EncodedAudio, assign_longest_first
+    from step_megatron.audio.encode_once import EncodedAudio
     from step_megatron.audio.front_end import LogMelFrontEnd
     from step_megatron.audio.index import AudioIndex
     from step_megatron.runtime.device import initialize
@@ -25,7 +26,7 @@ def train_with_a_blind_rank(rank, world_size, *, folder, transformer, broken, bl
     index = AudioIndex.load(folder)
     audio = EncodedAudio(CountingEncoder(80, ENCODER_WIDTH), LogMelFrontEnd(80), index, None, runtime, f"{folder}/bad.jsonl", 1.0)
     lengths = [index[f"{i}.wav"].num_samples for i in range(len(SECONDS))]
-    reader = next(r for r, share in enumerate(assign_longest_first(lengths, world_size)) if broken in share)
+    reader = next(r for r, share in enumerate(balance(lengths, world_size)) if broken in share)
     if blind and rank == reader:
         resolve = index.resolve
         index.resolve = lambda address: resolve("nowhere.wav" if str(address) == f"{broken}.wav" else address)
