@@ -26,6 +26,11 @@
   void softmax_gradient(float* logits, const int64_t* labels, const float* lse, const float* first, const float* second,          \
                         const float* at_target, int64_t rows, int64_t width, int64_t start);                                      \
   void scale(float* values, const float* factor, int64_t count);                                                                  \
+  void conv_gather(const void* x, bool bfloat16, const int32_t* cu_seqlens, float* columns, int64_t first, int64_t rows,          \
+                   int64_t width);                                                                                                \
+  void conv_scatter(const float* columns, const int32_t* cu_seqlens, float* x, int64_t first, int64_t rows, int64_t width);       \
+  void bias_gelu(float* hidden, const float* bias, float* out, int64_t rows, int64_t width);                                      \
+  void gelu_gradient(const float* gradient, const float* hidden, float* out, int64_t count);                                      \
   }
 
 namespace step {

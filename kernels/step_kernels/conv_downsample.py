@@ -3,7 +3,11 @@
     out[o] = GELU(bias + weight[:, :, 0] x[2 o - 1] + weight[:, :, 1] x[2 o] + weight[:, :, 2] x[2 o + 1])
 
 for `o` in `0 .. (length - 1) // 2` of each segment: Conv1d(kernel 3, stride 2, padding 1) per segment. A frame outside the
-segment reads zero, whatever lies next door in the pack. An empty segment gives nothing. Differentiable in `x`, `weight`, `bias`.
+segment reads zero, whatever lies next door in the pack; an empty segment gives nothing. All three inputs get gradients.
+
+The three frames of every output side by side (im2col) would take 1.5 times the input's memory, and be kept for backward: here
+they exist for a block of outputs at a time (C++) or not at all (Triton, whose products read rows of x by their numbers). What is
+kept for backward is x and the values before GELU.
 
 Source: Step-Audio 2 adaptor (`conv`, then GELU); GELU is the exact one (erf).
 """
@@ -11,10 +15,14 @@ Source: Step-Audio 2 adaptor (`conv`, then GELU); GELU is the exact one (erf).
 import torch
 from torch.nn.functional import conv1d, gelu, linear, pad
 
-from step_kernels import registry
+from step_kernels import native, registry
+from step_kernels.gathered_matmul import gathered_matmul, gathered_weight_gradient
 
 OP = "conv_downsample_gelu"
-registry.register(OP)
+registry.register(OP, triton=registry.HALF, cpp=(torch.float32,))
+
+# Outputs whose inputs are gathered at once: fewer, and the matrix product spends its time packing the weight again and again.
+_BLOCK_ROWS = 1024
 
 
 def conv_downsample_gelu_reference(
@@ -45,12 +53,153 @@ def conv_downsample_gelu(
     """Convolve packed segments with stride two; arguments as in `conv_downsample_gelu_reference`.
 
     Args:
+        x: also in bfloat16 where the weight is float32, as the cache of encoded audio holds it; the result is then float32.
         rows: number of output rows, `sum((length + 1) // 2)`, known to the packer, so that the host never waits for the device.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
-    registry.backend(OP, x)
+    if x.dim() != 2 or weight.dim() != 3 or weight.shape[1:] != (x.shape[1], 3) or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{OP}: x {tuple(x.shape)}, weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be [frames, in], "
+            "[out, in, 3] and [out]"
+        )
+    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
+    return _op(x, cu_seqlens, weight, bias, rows, trained)[0]
+
+
+@torch.library.custom_op("step::conv_downsample_gelu", mutates_args=())
+def _op(
+    x: torch.Tensor, cu_seqlens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rows: int, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result and, if backward will want them (`keep`), the values before GELU."""
+    x, weight, bias, chosen = _prepare(x, weight, bias)
+    out = weight.new_empty(rows, weight.shape[0])
+    before = torch.empty_like(out) if keep else out
+    if chosen == "cpp":
+        for part, columns in _blocks(x, cu_seqlens, rows, weight):
+            torch.mm(columns, weight.view(len(weight), -1).t(), out=before[part])
+            native.ops().bias_gelu(before[part], bias, out[part])
+    elif chosen == "triton":
+        taps = (downsample_taps(cu_seqlens, rows) - 1).int()
+        gathered_matmul(x, taps, weight.permute(2, 1, 0).contiguous(), out, bias, before if keep else None)
+    else:
+        torch.add(linear(_columns(x, cu_seqlens, rows), weight.view(len(weight), -1)), bias, out=before)
+        out.copy_(gelu(before))
+    return out, before if keep else out.new_empty(0)
+
+
+@_op.register_fake
+def _(x, cu_seqlens, weight, bias, rows, keep):
+    out = weight.new_empty(rows, weight.shape[0])
+    return out, torch.empty_like(out) if keep else out.new_empty(0)
+
+
+@torch.library.custom_op("step::conv_downsample_gelu_backward", mutates_args=())
+def _backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    weight: torch.Tensor,
+    before: torch.Tensor,
+    x_wanted: bool,
+    weight_wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    frames, dtype, rows = x.shape[0], x.dtype, len(gradient)
+    x, weight, gradient, chosen = _prepare(x, weight, gradient)
+    if chosen == "cpp":
+        native.ops().gelu_gradient(gradient, before, hidden := torch.empty_like(gradient))
+    else:
+        hidden = torch.ops.aten.gelu_backward(gradient, before)
+    grad_x = weight.new_zeros(x.shape if x_wanted else 0)
+    grad_weight = weight.new_empty(weight.shape if weight_wanted else 0)
+    if chosen == "triton":
+        if x_wanted:
+            gathered_matmul(hidden, upsample_taps(cu_seqlens, frames), weight.permute(2, 0, 1).contiguous(), grad_x)
+        if weight_wanted:
+            gathered_weight_gradient(hidden, x, (downsample_taps(cu_seqlens, rows) - 1).int(), grad_weight)
+    else:
+        _add_gradients(chosen, hidden, x, cu_seqlens, weight, grad_x, grad_weight)
+    return grad_x.to(dtype), grad_weight, hidden.sum(0)
+
+
+@_backward.register_fake
+def _(gradient, x, cu_seqlens, weight, before, x_wanted, weight_wanted):
+    return (
+        x.new_empty(x.shape if x_wanted else 0),
+        weight.new_empty(weight.shape if weight_wanted else 0),
+        weight.new_empty(weight.shape[0]),
+    )
+
+
+def _save(ctx, inputs, output):
+    x, cu_seqlens, weight, *_ = inputs
+    ctx.save_for_backward(x, cu_seqlens, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, gradient, _):
+    x_wanted, _, weight_wanted, bias_wanted = ctx.needs_input_grad[:4]
+    if gradient is None:
+        return (None,) * 6
+    grad_x, grad_weight, grad_bias = _backward(gradient, *ctx.saved_tensors, x_wanted, weight_wanted)
+    return (
+        grad_x if x_wanted else None,
+        None,
+        grad_weight if weight_wanted else None,
+        grad_bias if bias_wanted else None,
+        None,
+        None,
+    )
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def _prepare(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, ..., str]:
+    """The inputs as the backend takes them, and the backend, which the weight's type decides."""
+    chosen = registry.backend(OP, weight)
+    if not (chosen == "cpp" and x.dtype == torch.bfloat16):
+        x = x.to(weight.dtype)
+    return x.contiguous(), weight.contiguous(), other.contiguous(), chosen
+
+
+def _blocks(x: torch.Tensor, cu_seqlens: torch.Tensor, rows: int, weight: torch.Tensor):
+    """Blocks of outputs, as slices, each with the frames it reads in the weight's order, `[block, in_width * 3]`; one buffer."""
+    buffer = weight.new_empty(min(rows, _BLOCK_ROWS), 3 * x.shape[1])
+    for begin in range(0, rows, _BLOCK_ROWS):
+        part = slice(begin, min(begin + _BLOCK_ROWS, rows))
+        columns = buffer[: part.stop - begin]
+        native.ops().conv_gather(x, cu_seqlens, begin, columns)
+        yield part, columns
+
+
+def _add_gradients(chosen: str, hidden, x, cu_seqlens, weight, grad_x, grad_weight) -> None:
+    """Gradients of x and weight, where they are wanted (not empty), from those of the values before GELU."""
+    rows, channels = len(hidden), x.shape[1]
+    flat, flat_gradient = weight.view(len(weight), 3 * channels), grad_weight.view(-1, 3 * channels)
+    if chosen == "cpp":
+        if not rows:
+            grad_weight.zero_()
+        for part, columns in _blocks(x, cu_seqlens, rows, weight) if grad_weight.numel() else ():
+            flat_gradient.addmm_(hidden[part].t(), columns, beta=0 if part.start == 0 else 1)
+        for begin in range(0, rows, _BLOCK_ROWS) if grad_x.numel() else ():
+            native.ops().conv_scatter(hidden[begin : begin + _BLOCK_ROWS] @ flat, cu_seqlens, begin, grad_x)
+        return
+    if grad_weight.numel():
+        torch.mm(hidden.t(), _columns(x, cu_seqlens, rows), out=flat_gradient)
+    if grad_x.numel():
+        taps = downsample_taps(cu_seqlens, rows)
+        columns = (hidden @ flat).view(rows, channels, 3).transpose(1, 2).reshape(3 * rows, channels)
+        grad_x.copy_(torch.zeros_like(pad(grad_x, (0, 0, 1, 0))).index_add_(0, taps.flatten(), columns)[1:])
+
+
+def _columns(x: torch.Tensor, cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:
+    """The frames that every output reads, in the weight's order, `[rows, in_width * 3]`."""
     taps = downsample_taps(cu_seqlens, rows)
-    columns = pad(x, (0, 0, 1, 0)).index_select(0, taps.flatten()).view(rows, 3 * x.shape[1])
-    return gelu(linear(columns, weight.transpose(1, 2).reshape(weight.shape[0], -1), bias))
+    gathered = pad(x, (0, 0, 1, 0)).index_select(0, taps.flatten())
+    return gathered.view(rows, 3, x.shape[1]).transpose(1, 2).reshape(rows, 3 * x.shape[1])
 
 
 def downsample_taps(cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:
@@ -62,3 +211,16 @@ def downsample_taps(cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:
     first = starts[segment]
     tap = (first + 2 * inside)[:, None] + torch.arange(-1, 2, device=cu_seqlens.device)
     return torch.where((tap >= first[:, None]) & (tap < ends[segment][:, None]), tap + 1, 0)
+
+
+def upsample_taps(cu_seqlens: torch.Tensor, frames: int) -> torch.Tensor:
+    """Output that reads each frame through each tap, `[frames, 3]` int32; -1 where none does."""
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    outputs = (ends - starts + 1) // 2
+    segment = torch.repeat_interleave(ends - starts, output_size=frames)
+    frame = (torch.arange(frames, device=cu_seqlens.device) - starts[segment])[:, None]
+    # Tap t of output o reads frame 2 o + t - 1.
+    twice = frame + 1 - torch.arange(3, device=cu_seqlens.device)
+    output = torch.div(twice, 2, rounding_mode="floor")
+    read = (twice % 2 == 0) & (output >= 0) & (output < outputs[segment][:, None])
+    return torch.where(read, (outputs.cumsum(0) - outputs)[segment][:, None] + output, -1).int()

@@ -78,5 +78,5 @@ class AudioAdaptor(nn.Module):
             return self.linear(features.to(self.linear.weight.dtype))
         rows = sum(map(self.tokens_out, frames))
         starts = cumulative(frames, features.device) if starts is None else starts
-        hidden = self.conv(features.to(self.conv.weight.dtype), starts, rows)
+        hidden = self.conv(features, starts, rows)
         return self.linear2(torch.relu(self.linear1(hidden)))
