@@ -1,7 +1,9 @@
 """Packed attention, bidirectional and causal: equals its definition in float64 by every backend, log-sum-exp and gradients
 included; segments never mix; a segment's bits depend on itself alone."""
 
+import os
 from collections.abc import Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -216,6 +218,8 @@ def test_sizes_that_the_kernels_do_not_take_go_to_torch_and_are_counted():
     registry.chosen.clear()
     causal_attention_varlen(*qkv(4, 2, 2, 24), cumulative([4]), [4])
     assert registry.chosen == {("causal_attention_varlen", "torch"): 1}
+    with mock.patch.dict(os.environ, {registry.VARIABLE: "cpp"}), pytest.raises(RuntimeError, match="does not take the sizes"):
+        causal_attention_varlen(*qkv(4, 2, 2, 24), cumulative([4]), [4])
 
 
 @pytest.mark.parametrize("op", [audio_attention_varlen, causal_attention_varlen])
