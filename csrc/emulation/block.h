@@ -145,6 +145,7 @@ struct Block {
         if (thread.state != State::ready) continue;
         running = &thread;
         scheduler.switch_to(thread.context);
+        running = nullptr;
         if (!failure.empty()) throw std::runtime_error(failure);
         again = true;
       }

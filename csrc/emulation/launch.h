@@ -25,6 +25,7 @@
 #define __shared__ declare_it_with_STEP_SHARED
 
 #include "intrinsics.h"
+#include "memory.h"
 
 namespace emulation {
 
@@ -54,6 +55,7 @@ void launch(dim3 grid, dim3 size, size_t dynamic_bytes, Kernel kernel) {
   } catch (const std::exception& failure) {
     error() = failure.what();
   }
+  Block::current() = nullptr;
 }
 
 // The kernel's `extern __shared__` array.
@@ -65,7 +67,11 @@ inline void* dynamic_shared() {
 
 }  // namespace emulation
 
-extern "C" inline __attribute__((used, visibility("default"))) const char* step_emulation_error() {
-  return emulation::error().c_str();
+// The last error, which is then forgotten.
+STEP_EMULATION_API const char* step_emulation_error() {
+  static std::string last;
+  last = std::move(emulation::error());
+  emulation::error().clear();
+  return last.c_str();
 }
 #define cudaGetLastError() (emulation::error().empty() ? cudaSuccess : cudaErrorLaunchFailure)

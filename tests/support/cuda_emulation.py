@@ -1,8 +1,8 @@
 """Run CUDA kernels on the CPU: `csrc/cuda/OP.cu`, compiled by the host's compiler against `csrc/emulation`.
 
-Every launch is repeated with the threads in other orders, and once under the sanitizer of undefined behaviour (unaligned 16-byte
-loads among it). All must give the same bits: a kernel that needs one order has a race. Tensors are handed over inside margins
-of NaN that must come back untouched.
+Every launch runs once under the sanitizer of undefined behaviour (unaligned 16-byte loads among it) with every access checked
+against the tensors' margins, and then with the threads in several orders. All must give the same bits: a kernel that needs one
+order has a race. The margins hold NaN and must come back untouched.
 """
 
 import contextlib
@@ -23,8 +23,10 @@ from step_kernels import native, registry, toolkit
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 ORDERS = (0, 1, 2, 3)
-SANITIZE = ("-fsanitize=undefined",)
-MARGIN = 256
+# Undefined behaviour, and a call before every load and store, see csrc/emulation/memory.h.
+SANITIZE = ("-fsanitize=undefined", "-fsanitize=kernel-address", "--param=asan-instrumentation-with-call-threshold=0")
+SANITIZE += ("--param=asan-stack=0", "--param=asan-globals=0")
+MARGIN = 1 << 14
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -55,21 +57,23 @@ def compile_kernel(source: Path, *flags: str) -> ctypes.CDLL:
             raise RuntimeError(f"{source.name} does not compile for the emulation:\n{done.stderr}")
         partial.replace(library)
     loaded = ctypes.CDLL(str(library))
-    loaded.step_emulation_error.restype = ctypes.c_char_p
+    loaded.step_emulation_error.restype, loaded.step_emulation_forbid.restype = ctypes.c_char_p, ctypes.c_bool
     return loaded
 
 
-def launch(source: Path, symbol: str, *arguments) -> None:
+def launch(source: Path, symbol: str, *arguments, sanitize: bool = True, orders: tuple[int, ...] = ORDERS) -> None:
     """Call a launcher with tensors, Python numbers (int: 64 bits, float: 32) and ctypes values, in every order.
 
     Tensors are inputs and outputs alike: they hold the kernel's results afterwards. The stream is added as the last argument.
+    Tests of single faults leave out what their fault does not need, `sanitize` or some orders: each costs a compilation.
 
     Raises:
         EmulationError: see the module.
     """
-    plain, sanitized = compile_kernel(source), compile_kernel(source, *SANITIZE)
+    runs = [(compile_kernel(source, *SANITIZE), 0)] if sanitize else []
+    runs += [(compile_kernel(source), order) for order in orders]
     first: list[torch.Tensor] = []
-    for library, order in [*((plain, order) for order in ORDERS), (sanitized, 0)]:
+    for library, order in runs:
         results = _call(library, symbol, arguments, order)
         first = first or results
         for number, (ours, theirs) in enumerate(zip(results, first, strict=True)):
@@ -92,8 +96,12 @@ def _call(library: ctypes.CDLL, symbol: str, arguments, order: int) -> list[torc
             values.append(ctypes.c_float(argument))
         else:
             values.append(ctypes.c_int64(argument) if isinstance(argument, int) else argument)
+    for buffer in buffers:
+        for place in (buffer.data_ptr(), buffer.data_ptr() + buffer.numel() - MARGIN):
+            assert library.step_emulation_forbid(ctypes.c_void_p(place), ctypes.c_size_t(MARGIN)), "too many tensors"
     with mock.patch.dict(os.environ, {"STEP_EMULATION_ORDER": str(order)}), _stderr() as said:
         status = getattr(library, symbol)(*values, ctypes.c_void_p(0))
+    library.step_emulation_allow()
     if status:
         raise EmulationError(f"{symbol}: {library.step_emulation_error().decode() or f'refused, CUDA error {status}'}")
     if "runtime error" in said[0]:
