@@ -209,7 +209,10 @@ def test_log_probs_pass_gradcheck():
 
 def shared_out(rank, world_size, backend):
     """Both modes with a share of the vocabulary on each rank: hidden's results, and this rank's part of the weight's gradient."""
-    torch.distributed.init_process_group("gloo")
+    from step_megatron.config.schema import Config, RunConfig
+    from step_megatron.runtime.device import initialize, shutdown
+
+    initialize(Config(run=RunConfig(threads=1)))
     try:
         hidden, weight, labels = inputs(70, 16, 60, torch.float32)
         share = 60 // world_size
@@ -218,7 +221,7 @@ def shared_out(rank, world_size, backend):
         with forced(backend), mock.patch.dict(_ROWS, cpu=32):
             return [run(partial(mode, **place), torch.float32, (hidden, mine, labels)) for mode, _ in MODES]
     finally:
-        torch.distributed.destroy_process_group()
+        shutdown()
 
 
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
