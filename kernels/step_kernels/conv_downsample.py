@@ -21,8 +21,8 @@ from step_kernels.gathered_matmul import gathered_matmul, gathered_weight_gradie
 OP = "conv_downsample_gelu"
 registry.register(OP, triton=registry.HALF, cpp=(torch.float32,))
 
-# Outputs whose inputs are gathered at once: fewer, and the matrix product spends its time packing the weight again and again.
-_BLOCK_ROWS = 1024
+# Outputs whose inputs are gathered at once: with fewer the matrix product spends its time packing the weight again and again.
+_BLOCK_ROWS = 2048
 
 
 def conv_downsample_gelu_reference(
@@ -165,11 +165,17 @@ def _prepare(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> tupl
     return x.contiguous(), weight.contiguous(), other.contiguous(), chosen
 
 
+def _block_rows(rows: int) -> int:
+    """Outputs of a block, for blocks of nearly equal size: a small last one would cost nearly as much as a whole one."""
+    return max(1, -(-rows // max(1, -(-rows // _BLOCK_ROWS))))
+
+
 def _blocks(x: torch.Tensor, cu_seqlens: torch.Tensor, rows: int, weight: torch.Tensor):
     """Blocks of outputs, as slices, each with the frames it reads in the weight's order, `[block, in_width * 3]`; one buffer."""
-    buffer = weight.new_empty(min(rows, _BLOCK_ROWS), 3 * x.shape[1])
-    for begin in range(0, rows, _BLOCK_ROWS):
-        part = slice(begin, min(begin + _BLOCK_ROWS, rows))
+    size = _block_rows(rows)
+    buffer = weight.new_empty(size, 3 * x.shape[1])
+    for begin in range(0, rows, size):
+        part = slice(begin, min(begin + size, rows))
         columns = buffer[: part.stop - begin]
         native.ops().conv_gather(x, cu_seqlens, begin, columns)
         yield part, columns
@@ -184,8 +190,9 @@ def _add_gradients(chosen: str, hidden, x, cu_seqlens, weight, grad_x, grad_weig
             grad_weight.zero_()
         for part, columns in _blocks(x, cu_seqlens, rows, weight) if grad_weight.numel() else ():
             flat_gradient.addmm_(hidden[part].t(), columns, beta=0 if part.start == 0 else 1)
-        for begin in range(0, rows, _BLOCK_ROWS) if grad_x.numel() else ():
-            native.ops().conv_scatter(hidden[begin : begin + _BLOCK_ROWS] @ flat, cu_seqlens, begin, grad_x)
+        size = _block_rows(rows)
+        for begin in range(0, rows, size) if grad_x.numel() else ():
+            native.ops().conv_scatter(hidden[begin : begin + size] @ flat, cu_seqlens, begin, grad_x)
         return
     if grad_weight.numel():
         torch.mm(hidden.t(), _columns(x, cu_seqlens, rows), out=flat_gradient)
