@@ -1,7 +1,8 @@
-// Attention of a few new tokens over a paged key-value cache, flash-style: keys come in blocks of 64, scores and weights of a block
-// stay in cache. A task is (sequence, key-value head, tile of rows, split of the keys), where a row is a (new token, query head)
-// pair: all query heads of a key-value head share what is read. How a sequence is cut depends on its own lengths alone, so its bits
-// do not depend on its companions or on the number of threads.
+// Attention of a few new tokens over a paged key-value cache, flash-style: keys come in blocks of 32, scores and weights of a
+// block stay in cache. A task is (sequence, some key-value heads, tile of rows, split of the keys), where a row is a (new token,
+// query head) pair: all query heads of a key-value head share what is read, and neighbouring heads are read together, for they
+// lie together (one head alone means a new memory page for every key). How a sequence is cut depends on its own lengths alone, so
+// its bits do not depend on its companions or on the number of threads.
 #include <cstdlib>
 
 #include "isa.h"
@@ -13,15 +14,18 @@ namespace STEP_ISA {
 namespace {
 
 constexpr int64_t kRows = 16;    // rows of a tile
-constexpr int64_t kKeys = 64;    // keys of a block
+constexpr int64_t kKeys = 32;    // keys of a block: more would evict each other where heads lie a memory page apart
 constexpr int64_t kWidest = 256;  // largest head dimension
+constexpr int64_t kMostHeads = 8;  // key-value heads of a task
 constexpr int64_t kSplitKeys = 512;  // keys of a split: 32 us at 8 GB/s and dimension 64, worth waking a thread
 constexpr int64_t kSplitQueries = 4;  // sequences with more new tokens have tiles enough
 constexpr float kNothing = -3.0e38f;
 
 struct Shape {
   int64_t sequences, max_pages, page_size, heads, kv_heads, dim;
+  int64_t together = 1;  // key-value heads of a task
   int64_t group() const { return heads / kv_heads; }
+  int64_t head_blocks() const { return (kv_heads + together - 1) / together; }
 };
 
 struct Sequence {
@@ -34,30 +38,52 @@ struct Sequence {
     tiles = (rows + kRows - 1) / kRows;
     splits = queries <= kSplitQueries && length > kSplitKeys ? (length + kSplitKeys - 1) / kSplitKeys : 1;
   }
-  int64_t tasks(int64_t kv_heads) const { return tiles * splits * kv_heads; }
+  int64_t units() const { return tiles * splits; }
 };
+
+// Which lanes of a pair of vectors meet in round r of `lane_sums`.
+struct Pairs {
+  int32_t low[4][kLanes], high[4][kLanes];
+  constexpr Pairs() : low(), high() {
+    for (int round = 0; 1 << round < kLanes; round++)
+      for (int lane = 0; lane < kLanes; lane++) {
+        const int step = 1 << round;
+        low[round][lane] = lane & step ? kLanes + lane - step : lane;
+        high[round][lane] = lane & step ? kLanes + lane : lane + step;
+      }
+  }
+};
+alignas(64) constexpr Pairs kPairs;
 
 // Lane i of the result is the sum of the lanes of parts[i]: each round pairs vectors and adds half of their lanes.
 inline vec lane_sums(vec (&parts)[kLanes]) {
+  // A pointer that the compiler cannot see through: it would build the indices that it knows lane by lane, each time.
+  const Pairs* pairs = &kPairs;
+  asm("" : "+r"(pairs));
+  int round = 0;
 #pragma GCC unroll 4
-  for (int step = 1; step < kLanes; step *= 2) {
-    ivec low, high;
-    for (int lane = 0; lane < kLanes; lane++) {
-      low[lane] = lane & step ? kLanes + lane - step : lane;
-      high[lane] = lane & step ? kLanes + lane : lane + step;
-    }
+  for (int count = kLanes / 2; count; count /= 2, round++) {
+    const ivec low = *reinterpret_cast<const ivec*>(pairs->low[round]);
+    const ivec high = *reinterpret_cast<const ivec*>(pairs->high[round]);
 #pragma GCC unroll 8
-    for (int i = 0; i < kLanes / (2 * step); i++)
+    for (int i = 0; i < count; i++)
       parts[i] = __builtin_shuffle(parts[2 * i], parts[2 * i + 1], low) + __builtin_shuffle(parts[2 * i], parts[2 * i + 1], high);
   }
   return parts[0];
 }
 
-// scores[row * kKeys + key] = query[row] . key, for R rows and all keys of the block.
+// Ask for a row that is wanted soon: pages lie apart, and the processor's own prefetching sees no pattern in them.
+inline void prefetch(const float* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(row + d);
+}
+
+// scores[row * kKeys + key] = query[row] . key, for R rows and all keys of the block; the rows of `next` are fetched meanwhile.
 template <int R>
-inline void score_rows(const float* query, const float* const* keys, float* scores, int64_t count, int64_t dim) {
+inline void score_rows(const float* query, const float* const* keys, const float* const* next, float* scores, int64_t count,
+                       int64_t dim) {
   constexpr int C = kLanes / R;
   for (int64_t key = 0; key < count; key += C) {
+    for (int c = 0; c < C; c++) prefetch(next[key + c], dim);
     vec parts[kLanes];
     for (int i = 0; i < kLanes; i++) parts[i] = vec{};
     for (int64_t d = 0; d < dim; d += kLanes) {
@@ -74,38 +100,33 @@ inline void score_rows(const float* query, const float* const* keys, float* scor
   }
 }
 
-// out[row] = out[row] * decay[row] + sum over keys of weights[row][key] * value, for R rows and D vectors of the dimension.
+// out[row] = out[row] * decay[row] + sum over keys of weights[row][key] * value, for R rows and D vectors of the dimension from
+// `d0` on; the same part of the rows of `next`, where there are any, is fetched meanwhile.
 template <int R, int D>
-inline void add_values(const float* weights, const float* const* values, const float* decay, float* out, int64_t count,
-                              int64_t dim) {
+inline void add_values(const float* weights, const float* const* values, const float* const* next, const float* decay, float* out,
+                       int64_t count, int64_t dim, int64_t d0) {
   vec total[R][D];
   for (int r = 0; r < R; r++)
-    for (int d = 0; d < D; d++) total[r][d] = load(out + r * dim + d * kLanes) * splat(decay[r]);
+    for (int d = 0; d < D; d++) total[r][d] = load(out + r * dim + d0 + d * kLanes) * splat(decay[r]);
   for (int64_t key = 0; key < count; key++) {
     vec value[D];
-    for (int d = 0; d < D; d++) value[d] = load(values[key] + d * kLanes);
+    if (next) prefetch(next[key] + d0, D * kLanes);
+    for (int d = 0; d < D; d++) value[d] = load(values[key] + d0 + d * kLanes);
     for (int r = 0; r < R; r++) {
       vec weight = splat(weights[r * kKeys + key]);
       for (int d = 0; d < D; d++) total[r][d] += weight * value[d];
     }
   }
   for (int r = 0; r < R; r++)
-    for (int d = 0; d < D; d++) store(out + r * dim + d * kLanes, total[r][d]);
+    for (int d = 0; d < D; d++) store(out + r * dim + d0 + d * kLanes, total[r][d]);
 }
 
 template <int R>
-inline void add_value_rows(const float* weights, const float* const* values, const float* decay, float* out, int64_t count,
-                                  int64_t dim) {
-  const float* shifted[kKeys];
-  for (int64_t d = 0; d < dim;) {
-    const bool wide = dim - d >= 4 * kLanes;
-    for (int64_t key = 0; key < count; key++) shifted[key] = values[key] + d;
-    if (wide)
-      add_values<R, 4>(weights, shifted, decay, out + d, count, dim);
-    else
-      add_values<R, 1>(weights, shifted, decay, out + d, count, dim);
-    d += wide ? 4 * kLanes : kLanes;
-  }
+inline void add_value_rows(const float* weights, const float* const* values, const float* const* next, const float* decay,
+                           float* out, int64_t count, int64_t dim) {
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= dim; d += 4 * kLanes) add_values<R, 4>(weights, values, next, decay, out, count, dim, d);
+  for (; d < dim; d += kLanes) add_values<R, 1>(weights, values, next, decay, out, count, dim, d);
 }
 
 // One tile over one range of keys. `out` gets weighted sums that are not yet divided by `total`.
@@ -115,11 +136,11 @@ struct Tile {
   alignas(64) float scores[kRows * kKeys];
   float largest[kRows], total[kRows], decay[kRows];
   int64_t visible[kRows];  // keys that the row may see
-  int64_t rows;
+  int64_t rows, held;  // `held` counts rows of zeros too, which fill the last three up to four
 
   // Scores to weights, row by row; keeps the running maximum and total.
   void weigh(int64_t first_key, int64_t count) {
-    for (int64_t row = 0; row < rows; row++) {
+    for (int64_t row = 0; row < held; row++) {
       float* score = scores + row * kKeys;
       int64_t seen = visible[row] - first_key;
       seen = seen < 0 ? 0 : seen > count ? count : seen;
@@ -144,18 +165,23 @@ struct Tile {
     }
   }
 
-  void block(const float* const* keys, const float* const* values, int64_t first_key, int64_t count, int64_t dim) {
+  // `next`: keys of the block that comes after this one.
+  void block(const float* const* keys, const float* const* values, const float* const* next, int64_t first_key, int64_t count,
+             int64_t dim) {
     int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) score_rows<4>(query + row * dim, keys, scores + row * kKeys, count, dim);
-    for (; row + 2 <= rows; row += 2) score_rows<2>(query + row * dim, keys, scores + row * kKeys, count, dim);
-    for (; row < rows; row++) score_rows<1>(query + row * dim, keys, scores + row * kKeys, count, dim);
+    for (; row + 4 <= held; row += 4) score_rows<4>(query + row * dim, keys, values, scores + row * kKeys, count, dim);
+    if (held - row == 2) score_rows<2>(query + row * dim, keys, values, scores + row * kKeys, count, dim);
+    if (held - row == 1) score_rows<1>(query + row * dim, keys, values, scores + row * kKeys, count, dim);
     weigh(first_key, count);
     row = 0;
     // As many sums as registers: 32 with AVX-512, else 16.
-    constexpr int kWide = kLanes == 16 ? 4 : 2;
-    for (; row + kWide <= rows; row += kWide)
-      add_value_rows<kWide>(scores + row * kKeys, values, decay + row, out + row * dim, count, dim);
-    for (; row < rows; row++) add_value_rows<1>(scores + row * kKeys, values, decay + row, out + row * dim, count, dim);
+    if (kLanes == 16)
+      for (; row + 4 <= held; row += 4)
+        add_value_rows<4>(scores + row * kKeys, values, row ? nullptr : next, decay + row, out + row * dim, count, dim);
+    for (; row + 2 <= held; row += 2)
+      add_value_rows<2>(scores + row * kKeys, values, row ? nullptr : next, decay + row, out + row * dim, count, dim);
+    if (row < held)
+      add_value_rows<1>(scores + row * kKeys, values, row ? nullptr : next, decay + row, out + row * dim, count, dim);
   }
 };
 
@@ -164,21 +190,38 @@ struct Cache {
   const int32_t* pages;  // of one sequence
 };
 
-void attend(Tile& tile, const Cache& cache, const Shape& shape, int64_t kv_head, int64_t begin, int64_t end) {
-  const float *keys[kKeys], *values[kKeys];
-  const int64_t stride = shape.kv_heads * shape.dim;
+// Where the tokens of a block lie in the caches.
+void find_slots(const Cache& cache, const Shape& shape, int64_t first, int64_t count, int64_t* slots) {
+  int64_t page = first / shape.page_size, slot = first % shape.page_size;
+  for (int64_t i = 0; i < count; i++) {
+    slots[i] = (cache.pages[page] * shape.page_size + slot) * shape.kv_heads * shape.dim;
+    if (++slot == shape.page_size) page++, slot = 0;
+  }
+  // Scores come in groups of up to kLanes keys; those beyond the end are read from a key that exists, and masked.
+  for (int64_t i = count; i < kKeys; i++) slots[i] = slots[0];
+}
+
+// All tiles of a task over one range of keys, block by block.
+void attend(Tile* tiles, int64_t heads, const Cache& cache, const Shape& shape, int64_t first_head, int64_t begin, int64_t end) {
+  int64_t slots[kKeys], later[kKeys];
+  const float *keys[kKeys], *values[kKeys], *next[kKeys];
+  const auto size = [&](int64_t first) { return end - first < kKeys ? end - first : kKeys; };
+  if (begin < end) find_slots(cache, shape, begin, size(begin), later);
   for (int64_t first = begin; first < end; first += kKeys) {
-    const int64_t count = end - first < kKeys ? end - first : kKeys;
-    int64_t page = first / shape.page_size, slot = first % shape.page_size;
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t at = (cache.pages[page] * shape.page_size + slot) * stride + kv_head * shape.dim;
-      keys[i] = cache.key + at;
-      values[i] = cache.value + at;
-      if (++slot == shape.page_size) page++, slot = 0;
+    std::memcpy(slots, later, sizeof(slots));
+    const bool more = first + kKeys < end;
+    if (more) find_slots(cache, shape, first + kKeys, size(first + kKeys), later);
+    for (int64_t head = 0; head < heads; head++) {
+      const bool last = head + 1 == heads;
+      const float* key = cache.key + (first_head + head) * shape.dim;
+      const float* following = cache.key + (first_head + (last ? 0 : head + 1)) * shape.dim;
+      for (int64_t i = 0; i < kKeys; i++) {
+        keys[i] = key + slots[i];
+        values[i] = cache.value + (first_head + head) * shape.dim + slots[i];
+        next[i] = following + (last ? later[i] : slots[i]);
+      }
+      tiles[head].block(keys, values, last && !more ? nullptr : next, first, size(first), shape.dim);
     }
-    // Scores come in groups of up to kLanes keys; those beyond the end are read from a key that exists, and masked.
-    for (int64_t i = count; i < kKeys; i++) keys[i] = keys[0];
-    tile.block(keys, values, first, count, shape.dim);
   }
 }
 
@@ -187,27 +230,30 @@ inline float* part(float* parts, const Sequence& sequence, const Shape& shape, i
   return parts + ((head * sequence.queries + query) * sequence.splits + split) * (shape.dim + 2);
 }
 
-void run_task(Tile& tile, const Sequence& sequence, const Cache& cache, const Shape& shape, const float* query, float scale,
-                     int64_t task, float* out, float* parts) {
-  const int64_t split = task % sequence.splits, dim = shape.dim, group = shape.group();
-  const int64_t first_row = task / sequence.splits % sequence.tiles * kRows, kv_head = task / sequence.splits / sequence.tiles;
+// A tile of rows `first_row`.. of one key-value head, before any key.
+void begin_tile(Tile& tile, const Sequence& sequence, const Shape& shape, const float* query, float scale, int64_t first_row,
+                int64_t kv_head) {
+  const int64_t dim = shape.dim, group = shape.group();
   tile.rows = sequence.rows - first_row < kRows ? sequence.rows - first_row : kRows;
+  tile.held = tile.rows % 4 == 3 ? tile.rows + 1 : tile.rows;
+  std::memset(tile.query, 0, sizeof(float) * tile.held * dim);
+  std::memset(tile.out, 0, sizeof(float) * tile.held * dim);
+  for (int64_t row = 0; row < tile.held; row++) {
+    tile.largest[row] = kNothing;
+    tile.total[row] = tile.visible[row] = 0;
+  }
   for (int64_t row = 0; row < tile.rows; row++) {
     const int64_t token = (first_row + row) / group, head = kv_head * group + (first_row + row) % group;
     const float* from = query + ((sequence.first + token) * shape.heads + head) * dim;
     for (int64_t d = 0; d < dim; d += kLanes) store(tile.query + row * dim + d, load(from + d) * splat(scale));
-    tile.largest[row] = kNothing;
-    tile.total[row] = 0;
     tile.visible[row] = sequence.length - sequence.queries + token + 1;
   }
-  std::memset(tile.out, 0, sizeof(float) * tile.rows * dim);
-  const int64_t last = tile.visible[tile.rows - 1];
-  int64_t begin = 0, end = last;
-  if (sequence.splits > 1) {
-    begin = split * kSplitKeys;
-    end = begin + kSplitKeys < last ? begin + kSplitKeys : last;
-  }
-  attend(tile, cache, shape, kv_head, begin, end);
+}
+
+// Write a tile's rows, or leave them among the parts of a sequence that is split.
+void end_tile(const Tile& tile, const Sequence& sequence, const Shape& shape, int64_t first_row, int64_t kv_head, int64_t split,
+              float* out, float* parts) {
+  const int64_t dim = shape.dim, group = shape.group();
   for (int64_t row = 0; row < tile.rows; row++) {
     const int64_t token = (first_row + row) / group, head = kv_head * group + (first_row + row) % group;
     const float* sums = tile.out + row * dim;
@@ -221,6 +267,22 @@ void run_task(Tile& tile, const Sequence& sequence, const Cache& cache, const Sh
       for (int64_t d = 0; d < dim; d += kLanes) store(to + d, load(sums + d) * splat(1.0f / tile.total[row]));
     }
   }
+}
+
+void run_task(Tile* tiles, const Sequence& sequence, const Cache& cache, const Shape& shape, const float* query, float scale,
+              int64_t task, float* out, float* parts) {
+  const int64_t split = task % sequence.splits, first_row = task / sequence.splits % sequence.tiles * kRows;
+  const int64_t first_head = task / sequence.units() * shape.together;
+  const int64_t heads = shape.kv_heads - first_head < shape.together ? shape.kv_heads - first_head : shape.together;
+  for (int64_t i = 0; i < heads; i++) begin_tile(tiles[i], sequence, shape, query, scale, first_row, first_head + i);
+  const int64_t last = tiles[0].visible[tiles[0].rows - 1];
+  int64_t begin = 0, end = last;
+  if (sequence.splits > 1) {
+    begin = split * kSplitKeys;
+    end = begin + kSplitKeys < last ? begin + kSplitKeys : last;
+  }
+  attend(tiles, heads, cache, shape, first_head, begin, end);
+  for (int64_t i = 0; i < heads; i++) end_tile(tiles[i], sequence, shape, first_row, first_head + i, split, out, parts);
 }
 
 // Join the splits of one row: each is weighted by e^(its maximum - the row's).
@@ -244,30 +306,35 @@ void join(const float* parts, int64_t splits, int64_t dim, float* out) {
 }  // namespace
 
 void paged_attention(const float* query, const float* key, const float* value, const int32_t* block_table, const int32_t* lengths,
-                     const int32_t* cu_seqlens, float* out, int64_t sequences, int64_t max_pages, int64_t page_size, int64_t heads,
-                     int64_t kv_heads, int64_t dim, float scale) {
-  const Shape shape{sequences, max_pages, page_size, heads, kv_heads, dim};
+                     const int32_t* cu_seqlens, float* out, int64_t sequences, int64_t max_pages, int64_t page_size,
+                     int64_t heads, int64_t kv_heads, int64_t dim, float scale) {
+  Shape shape{sequences, max_pages, page_size, heads, kv_heads, dim};
+  int64_t units = 0;
+  for (int64_t index = 0; index < sequences; index++) units += Sequence(cu_seqlens, lengths, index, shape.group()).units();
+  // Heads together as long as every thread has several tasks to choose from; the results are the same.
+  while (shape.together < kv_heads && shape.together < kMostHeads && units * kv_heads >= 8 * thread_count() * shape.together)
+    shape.together *= 2;
   // First task, and first float among the parts, of every sequence.
   int64_t* first_task = static_cast<int64_t*>(std::malloc(sizeof(int64_t) * 2 * (sequences + 1)));
   int64_t* first_part = first_task + sequences + 1;
   first_task[0] = first_part[0] = 0;
   for (int64_t index = 0; index < sequences; index++) {
     const Sequence sequence(cu_seqlens, lengths, index, shape.group());
-    first_task[index + 1] = first_task[index] + sequence.tasks(kv_heads);
+    first_task[index + 1] = first_task[index] + sequence.units() * shape.head_blocks();
     const int64_t held = sequence.splits > 1 ? heads * sequence.queries * sequence.splits * (dim + 2) : 0;
     first_part[index + 1] = first_part[index] + held;
   }
   float* parts = static_cast<float*>(std::malloc(sizeof(float) * (first_part[sequences] + 1)));
   parallel_for(first_task[sequences], 1, [&](int64_t begin, int64_t end) {
-    Tile* tile = static_cast<Tile*>(std::aligned_alloc(64, (sizeof(Tile) + 63) / 64 * 64));
+    Tile* tiles = static_cast<Tile*>(std::aligned_alloc(64, sizeof(Tile) * shape.together));
     int64_t index = 0;
     for (int64_t task = begin; task < end; task++) {
       while (task >= first_task[index + 1]) index++;
       const Sequence sequence(cu_seqlens, lengths, index, shape.group());
       const Cache cache{key, value, block_table + index * max_pages};
-      run_task(*tile, sequence, cache, shape, query, scale, task - first_task[index], out, parts + first_part[index]);
+      run_task(tiles, sequence, cache, shape, query, scale, task - first_task[index], out, parts + first_part[index]);
     }
-    std::free(tile);
+    std::free(tiles);
   });
   if (first_part[sequences]) {
     parallel_for(sequences * heads, 8, [&](int64_t begin, int64_t end) {

@@ -92,9 +92,9 @@ def test_long_sequences_are_split_and_joined(length, queries):
 
 def test_the_narrower_instruction_set_is_right_too():
     """A process chooses once, so the tests of splitting run again in another one."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "split_and_joined"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "split_and_joined and 513"]
     done = subprocess.run(command, env={**os.environ, "STEP_KERNELS_ISA": "avx2"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "20 passed" in done.stdout, done.stdout
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

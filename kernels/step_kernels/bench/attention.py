@@ -24,7 +24,7 @@ _GROUP = 4
 class _Packed:
     """Packed query, key and value, and the same padded."""
 
-    def __init__(self, lengths: list[int], causal: bool, device: torch.device, dtype: torch.dtype):
+    def __init__(self, lengths: list[int], causal: bool, backward: bool, device: torch.device, dtype: torch.dtype):
         self.lengths, self.causal, self.longest = lengths, causal, max(lengths)
         self.cu_seqlens = cumulative(lengths, device)
         generator = torch.Generator().manual_seed(0)
@@ -33,7 +33,7 @@ class _Packed:
             torch.randn(sum(lengths), heads, _DIM, generator=generator).to(device, dtype)
             for heads in (_HEADS, kv_heads, kv_heads, _HEADS)
         )
-        self.leaves = [part.requires_grad_() for part in (query, key, value)]
+        self.leaves = [part.requires_grad_(backward) for part in (query, key, value)]
         self.inside = torch.arange(self.longest, device=device) < torch.tensor(lengths, device=device)[:, None]
         self.places = self.inside.flatten().nonzero().squeeze(1)
         self.segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
@@ -60,7 +60,10 @@ class _Packed:
         for part in (*self.leaves, self.gradient):
             full = part.new_zeros(len(self.lengths) * self.longest, *part.shape[1:]).index_copy_(0, self.places, part.detach())
             held.append(full.unflatten(0, (len(self.lengths), self.longest)).transpose(1, 2))
-        self.padded_leaves, self.padded_gradient = [part.requires_grad_() for part in held[:3]], held[3]
+        self.padded_leaves, self.padded_gradient = (
+            [part.requires_grad_(self.leaves[0].requires_grad) for part in held[:3]],
+            held[3],
+        )
 
         def run():
             return scaled_dot_product_attention(*self.padded_leaves, attn_mask=mask, enable_gqa=self.causal)
@@ -159,7 +162,7 @@ def _cases(op: str, registered: str, causal: bool) -> Callable[[torch.device], l
     def make(device: torch.device) -> list[Case]:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         return [
-            _case(op, registered, _Packed(lengths, causal, device, dtype), backward, device)
+            _case(op, registered, _Packed(lengths, causal, backward, device, dtype), backward, device)
             for lengths in (real.asterisk(), real.uniform())
             for backward in (False, True)
         ]

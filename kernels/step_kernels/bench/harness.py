@@ -53,6 +53,7 @@ class Case:
     Attributes:
         tolerance: largest difference between results, relative to the largest value.
         memory: measure extra peak memory too.
+        rounds: at most so many, where one takes long.
     """
 
     op: str
@@ -60,6 +61,7 @@ class Case:
     contestants: Sequence[Contestant]
     tolerance: float = 1e-4
     memory: bool = False
+    rounds: int | None = None
 
 
 @dataclass
@@ -123,6 +125,7 @@ def measure(case: Case, repeats: int, device: torch.device) -> Measured:
     measured.seconds = {name: [] for name in works}
     if measured.ours not in works:
         return measured
+    repeats = min(repeats, case.rounds or repeats)
     for index in range(repeats):
         _say(f"{case.op} {case.shape}: round {index + 1} of {repeats}")
         for name, work in works.items():

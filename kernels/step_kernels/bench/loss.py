@@ -1,0 +1,104 @@
+"""Cases of the output layer with its loss: time and extra peak memory beside eager torch, forward and backward.
+
+A loss may be no slower than eager; log-probabilities with entropy, which compute the logits twice, at most 1.4 times as slow.
+Both may use 15% of eager's extra memory, which is what comes above inputs, weights and the gradients that come out.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from step_kernels import linear_cross_entropy, linear_log_probs
+from step_kernels.bench.contestants import compiled, library, ours
+from step_kernels.bench.harness import Absent, Case, Contestant, Work
+
+_MEMORY = 0.15
+_VOCABULARY, _WIDTH = 158_720, 576
+# (tokens, rounds at most): an eager round of 4,096 tokens takes 20 s and 10 GB on two cores.
+_SIZES = ((1024, 5), (4096, 3))
+
+
+class _Batch:
+    def __init__(self, tokens: int, device: torch.device):
+        generator = torch.Generator().manual_seed(0)
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.hidden = torch.randn(tokens, _WIDTH, generator=generator).to(device, dtype).requires_grad_()
+        self.weight = (torch.randn(_VOCABULARY, _WIDTH, generator=generator) * _WIDTH**-0.5).to(device, dtype).requires_grad_()
+        self.labels = torch.randint(_VOCABULARY, (tokens,), generator=generator).to(device)
+        self.gradients = torch.randn(2, tokens, generator=generator).to(device)
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.hidden, self.weight
+
+    def loss(self, function: Callable) -> Work:
+        def work():
+            total = function(self.hidden, self.weight, self.labels)
+            total = total[0] if isinstance(total, tuple) else total
+            return [total, *torch.autograd.grad(total, self.leaves)]
+
+        return work
+
+    def log_probs(self, function: Callable) -> Work:
+        def work():
+            results = function(self.hidden, self.weight, self.labels)
+            return [*results, *torch.autograd.grad(results, self.leaves, tuple(self.gradients))]
+
+        return work
+
+    def liger(self) -> Work:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        return self.loss(lambda hidden, weight, labels: fused(weight, hidden, labels))
+
+
+def _eager_loss(hidden, weight, labels):
+    return cross_entropy((hidden @ weight.t()).float(), labels, reduction="sum")
+
+
+def _eager_log_probs(hidden, weight, labels):
+    log_p = (hidden @ weight.t()).float().log_softmax(-1)
+    return log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def _fits(tokens: int, device: torch.device, contestant: Contestant) -> Contestant:
+    """Leave a contestant out where eager's copies of the logits do not fit: the machine would swap, or kill somebody."""
+
+    def prepare() -> Work:
+        needed = 6 * 4 * tokens * _VOCABULARY
+        if device.type == "cpu":
+            with open("/proc/meminfo") as file:
+                free = next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+            if free < needed:
+                raise Absent(f"needs {needed >> 30} GiB, {free >> 30} are free")
+        return contestant.prepare()
+
+    return Contestant(contestant.name, prepare, contestant.limit, contestant.memory_limit)
+
+
+def loss_cases(device: torch.device) -> list[Case]:
+    cases = []
+    for tokens, rounds in _SIZES:
+        batch = _Batch(tokens, device)
+        for mode, wrap, op, plain, limit in (
+            ("loss", batch.loss, linear_cross_entropy, _eager_loss, 1.0),
+            ("log-probabilities", batch.log_probs, linear_log_probs, _eager_log_probs, 1 / 1.4),
+        ):
+            eager = Contestant("eager", lambda wrap=wrap, plain=plain: wrap(plain), limit, _MEMORY)
+            fused = compiled(plain, (), None, wrap)
+            contestants = [
+                *ours("linear_cross_entropy", wrap(op), device),
+                _fits(tokens, device, eager),
+                _fits(tokens, device, fused),
+            ]
+            if mode == "loss":
+                contestants.append(library("Liger", "liger_kernel", batch.liger, device))
+            shape = f"{tokens} x {_WIDTH} x {_VOCABULARY}, {mode}, forward + backward"
+            tolerance = 1e-3 if device.type == "cpu" else 3e-2
+            cases.append(Case("linear-cross-entropy", shape, contestants, tolerance, memory=True, rounds=rounds))
+    return cases
+
+
+CASES = {"linear-cross-entropy": loss_cases}
