@@ -68,7 +68,8 @@ def paged_attention(
     """Attend to the cache.
 
     Args:
-        query: `[tokens, heads, dim]`, the sequences' new tokens back to back; `dim` is a multiple of 16, at most 256.
+        query: `[tokens, heads, dim]`, the sequences' new tokens back to back. The kernels take a `dim` that is a multiple of 16, at
+            most 256; torch takes the others.
         key_cache, value_cache: `[pages, page_size, kv_heads, dim]`; `heads` is a multiple of `kv_heads`.
         block_table: `[sequences, max_pages]` int32, a sequence's pages in order; entries beyond its length are not looked at.
         lengths: `[sequences]` int32, tokens in the cache, the new ones included.
@@ -90,8 +91,6 @@ def paged_attention(
         )
     if heads % key_cache.shape[2]:
         raise ValueError(f"paged_attention: {heads} query heads are not a multiple of {key_cache.shape[2]} key-value heads")
-    if dim % 16 or dim > 256:
-        raise ValueError(f"paged_attention: dimension {dim} must be a multiple of 16 up to 256; pad the heads")
     sequences = lengths.shape[0]
     if block_table.shape[0] != sequences or cu_seqlens.shape[0] != sequences + 1:
         raise ValueError(
@@ -117,7 +116,8 @@ def _op(
     max_queries: int,
     scale: float,
 ) -> torch.Tensor:
-    chosen = registry.backend(OP, query)
+    dim = query.shape[2]
+    chosen = registry.backend(OP, query, ("cpp", "triton") if dim % 16 or dim > 256 else ())
     if chosen == "torch":
         return _torch(query, key_cache, value_cache, block_table, lengths, cu_seqlens, scale)
     query, key_cache, value_cache, block_table = (x.contiguous() for x in (query, key_cache, value_cache, block_table))
