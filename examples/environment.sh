@@ -54,7 +54,8 @@ step_environment() {
     local extras stamp wanted
     extras="$(IFS=,; echo "$*")"
     stamp="$STEP_VENV/.step-megatron-${extras:-base}"
-    wanted="$(cat "$step_root/setup.py" <(echo "$STEP_TORCH $step_root") | sha256sum)"
+    # Native code is built by the installation: a change of it installs again.
+    wanted="$(cat "$step_root/setup.py" "$step_root"/csrc/*/* <(echo "$STEP_TORCH $step_root") | sha256sum)"
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
         return
     fi
