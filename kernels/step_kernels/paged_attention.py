@@ -68,8 +68,8 @@ def paged_attention(
     """Attend to the cache.
 
     Args:
-        query: `[tokens, heads, dim]`, the sequences' new tokens back to back. The kernels take a `dim` that is a multiple of 16, at
-            most 256; torch takes the others.
+        query: `[tokens, heads, dim]`, the sequences' new tokens back to back. The kernels take a `dim` that is a multiple of 16
+            up to 256; torch takes the others.
         key_cache, value_cache: `[pages, page_size, kv_heads, dim]`; `heads` is a multiple of `kv_heads`.
         block_table: `[sequences, max_pages]` int32, a sequence's pages in order; entries beyond its length are not looked at.
         lengths: `[sequences]` int32, tokens in the cache, the new ones included.
