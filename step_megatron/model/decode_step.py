@@ -104,7 +104,8 @@ class DecodeStep:
         qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(-1, self.groups, self.queries + 2, self.width)
         qk, value = qkv[:, :, :-1], qkv[:, :, -1]
         rotated = torch.addcmul(qk * cos, qk.roll(self.width // 2, dims=-1), signed_sin)
-        return cache.decode(layer.number, rotated[:, :, :-1], rotated[:, :, -1], value, positions, self.scale).flatten(1)
+        query = rotated[:, :, :-1].flatten(1, 2)
+        return cache.decode(layer.number, query, rotated[:, :, -1], value, positions, self.scale).flatten(1)
 
     def _reduced(self, partial: torch.Tensor) -> torch.Tensor:
         if self.group is not None:

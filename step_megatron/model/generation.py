@@ -216,7 +216,7 @@ class _Decoder:
         self.positions = torch.tensor(self.lengths, device=self.device)
         self._lean = DecodeStep(model.language_model) if can_step(model.language_model) else None
         # The last token is never fed back.
-        self.cache = KeyValueCache(len(self.prompts), max(self.lengths) + max_new_tokens - 1)
+        self.cache = KeyValueCache(len(self.prompts), max(self.lengths) + max_new_tokens - 1, self.device)
 
     def prefill(self) -> torch.Tensor:
         """Logits of the first new token of every row, `[rows, vocabulary]` float32."""
@@ -233,7 +233,7 @@ class _Decoder:
 
     def step(self, tokens: list[int]) -> torch.Tensor:
         """Feed one token of every row; logits of the next ones, `[rows, vocabulary]` float32."""
-        self.cache.begin_decode(self.positions, max(self.lengths) + 1)
+        self.cache.begin_decode(self.positions)
         ids = torch.tensor(tokens, device=self.device).unsqueeze(0)
         embeddings = self.model.language_model.embedding(input_ids=ids, position_ids=None)
         if self._lean is not None:
@@ -243,7 +243,6 @@ class _Decoder:
             packed = PackedSegments(qkv_format="thd", position_ids=self.positions, segment_lengths=(1,) * len(tokens))
             hidden = self._decode(embeddings, packed)
         self.positions = self.positions + 1
-        self.lengths = [length + 1 for length in self.lengths]
         return self._logits(hidden)
 
     def keep(self, places: list[int]) -> None:
@@ -251,7 +250,6 @@ class _Decoder:
         index = torch.tensor(places, device=self.device)
         self.cache.keep(index)
         self.positions = self.positions.index_select(0, index)
-        self.lengths = [self.lengths[place] for place in places]
 
     def _decode(self, embeddings: torch.Tensor, packed: PackedSegments) -> torch.Tensor:
         packed.rotary = self.model.rotary(packed.position_ids, embeddings.dtype)

@@ -1,10 +1,15 @@
-"""The key-value cache of generation: one row per sequence, every row at its own length."""
+"""The key-value cache of generation: every sequence at its own length, in pages that it owns.
+
+A sequence that is dropped takes its pages with it out of the table; nothing is copied. Attention reads what a sequence holds and
+no more, however long its neighbours are.
+"""
 
 import torch
-import torch.nn.functional as F
-from step_kernels import causal_attention_varlen
+from step_kernels import causal_attention_varlen, paged_attention
 
 from step_megatron.model.segments import PackedSegments
+
+_PAGE = 16
 
 
 class KeyValueCache:
@@ -16,31 +21,32 @@ class KeyValueCache:
     Args:
         rows: sequences.
         capacity: longest sequence, in tokens.
+        device: where the tokens are.
     """
 
-    def __init__(self, rows: int, capacity: int):
-        self.rows, self.capacity = rows, capacity
-        self._keys: dict[int, torch.Tensor] = {}
-        self._values: dict[int, torch.Tensor] = {}
+    def __init__(self, rows: int, capacity: int, device: torch.device):
+        pages = -(-capacity // _PAGE)
+        self._pages = rows * pages
+        self._table = torch.arange(self._pages, dtype=torch.int32, device=device).view(rows, pages)
+        self._caches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Of the tokens of this pass: row, place in the caches; in decoding also length and bounds of every row.
         self._token_rows: torch.Tensor | None = None
-        self._mask: torch.Tensor | None = None
+        self._slots: torch.Tensor | None = None
+        self._lengths: torch.Tensor | None = None
+        self._bounds: torch.Tensor | None = None
 
     def begin_prefill(self, token_rows: torch.Tensor) -> None:
         """The next forward pass holds whole prompts, packed; `token_rows` `[T]` int64 is the cache row of every token."""
-        self._token_rows, self._mask = token_rows, None
+        self._token_rows, self._slots, self._lengths = token_rows, None, None
 
-    def begin_decode(self, positions: torch.Tensor, longest: int) -> None:
-        """The next forward pass holds one token of every row, at `positions` `[rows]` int64, all below `longest`."""
-        self._token_rows = torch.arange(self.rows, device=positions.device)
-        seen = torch.arange(longest, device=positions.device)[None, :] <= positions[:, None]
-        self._mask = seen[:, None, None, :]
+    def begin_decode(self, positions: torch.Tensor) -> None:
+        """The next forward pass holds one token of every row, at `positions` `[rows]` int64."""
+        self._bounds = torch.arange(len(positions) + 1, dtype=torch.int32, device=positions.device)
+        self._token_rows, self._slots, self._lengths = self._bounds[:-1], None, (positions + 1).int()
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows `[n]` int64, in this order; the others are finished."""
-        self.rows = rows.numel()
-        for store in (self._keys, self._values):
-            for layer, tensor in store.items():
-                store[layer] = tensor.index_select(0, rows)
+        self._table = self._table.index_select(0, rows)
 
     def attend(
         self,
@@ -62,25 +68,26 @@ class KeyValueCache:
         Returns:
             `[T, heads, head_width]`.
         """
-        if self._mask is not None:
-            # The query heads of one group are the "queries" of that group: keys and values are read once, never repeated.
-            grouped = query.unflatten(1, (key.shape[1], -1))
-            return self.decode(layer, grouped, key, value, packed.position_ids, scale).flatten(1, 2)
+        if self._lengths is not None:
+            return self.decode(layer, query, key, value, packed.position_ids, scale)
         self._store(layer, key, value, packed.position_ids)
         return causal_attention_varlen(query, key, value, packed.cu_seqlens_q, packed.segment_lengths, scale)
 
     def decode(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Attention of one token a row; `query` `[rows, groups, heads / groups, head_width]`, the result is shaped like it."""
-        self._store(layer, key, value, positions)
-        longest = self._mask.shape[-1]
-        keys, values = self._keys[layer][:, :, :longest], self._values[layer][:, :, :longest]
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self._mask, scale=scale)
+        """Attention of one token a row, arguments as in `attend`; a group's query heads are neighbours."""
+        keys, values = self._store(layer, key, value, positions)
+        return paged_attention(query, keys, values, self._table, self._lengths, self._bounds, 1, scale)
 
-    def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
-        if layer not in self._keys:
-            shape = (self.rows, key.shape[1], self.capacity, key.shape[2])
-            self._keys[layer], self._values[layer] = key.new_zeros(shape), value.new_zeros(shape)
-        self._keys[layer][self._token_rows, :, positions] = key
-        self._values[layer][self._token_rows, :, positions] = value
+    def _store(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer not in self._caches:
+            shape = (self._pages, _PAGE, *key.shape[1:])
+            self._caches[layer] = key.new_empty(shape), value.new_empty(shape)
+        if self._slots is None:
+            self._slots = self._table[self._token_rows, positions // _PAGE] * _PAGE + positions % _PAGE
+        for cache, tokens in zip(self._caches[layer], (key, value), strict=True):
+            cache.flatten(0, 1).index_copy_(0, self._slots, tokens)
+        return self._caches[layer]
