@@ -65,7 +65,7 @@ def audio_attention_varlen(
             f"audio_attention_varlen: each segment needs 1..length valid frames, got {tuple(valid)} of {tuple(lengths)}"
         )
     valid = () if list(valid) == list(lengths) else valid
-    return packed_attention.attend(_op, OP, query, key, value, cu_seqlens, lengths, valid, scale, return_lse)
+    return packed_attention.attend(_op, OP, False, query, key, value, cu_seqlens, lengths, valid, scale, return_lse)
 
 
 def aot_kernels() -> Iterator[tuple]:

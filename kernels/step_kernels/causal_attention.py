@@ -64,7 +64,7 @@ def causal_attention_varlen(
     heads = query.shape[1]
     if heads % key.shape[1]:
         raise ValueError(f"causal_attention_varlen: {heads} query heads are not a multiple of {key.shape[1]} key-value heads")
-    return packed_attention.attend(_op, OP, query, key, value, cu_seqlens, lengths, (), scale, return_lse)
+    return packed_attention.attend(_op, OP, True, query, key, value, cu_seqlens, lengths, (), scale, return_lse)
 
 
 def aot_kernels() -> Iterator[tuple]:

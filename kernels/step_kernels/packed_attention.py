@@ -18,7 +18,7 @@ from step_kernels import native, packed_attention_triton, registry
 from step_kernels.segments import equal_runs
 
 Op = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int], Sequence[int], float],
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int], Sequence[int], float, str],
     tuple[torch.Tensor, torch.Tensor],
 ]
 
@@ -26,6 +26,7 @@ Op = Callable[
 def attend(
     op: Op,
     name: str,
+    causal: bool,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -47,7 +48,6 @@ def attend(
     backend = _choose(name, query.device.type, query.dtype, query.shape[2])
     if backend == "torch":
         # Outside of the operator: torch differentiates its own functions, in float64 too, and as often as wanted.
-        causal = name == "causal_attention_varlen"
         out = attend_torch(query, key, value, lengths, valid, scale, causal)
         return (out, lse_torch(query, key, lengths, valid, scale, causal)) if return_lse else out
     out, lse = op(query, key, value, cu_seqlens, lengths, valid, scale, backend)

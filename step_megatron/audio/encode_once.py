@@ -35,6 +35,9 @@ _PACK_SAMPLES = 300 * SAMPLE_RATE
 # Failures of the place or of the settings, not of the content: they are not kept in the cache, the clip may be right next time.
 _PASSING = ("missing", "unreadable", "too-long")
 
+# A clip as a later pipeline stage gets it: that stage has the micro-batch's lengths and reads nothing else of it.
+_ELSEWHERE = EncodedClip(torch.zeros(0, 0, dtype=torch.bfloat16), ())
+
 logger = get_logger(__name__)
 
 
@@ -168,9 +171,7 @@ class EncodedAudio:
             clips |= received
             failed |= newly_failed
         self._count_failures(failed)
-        return {
-            address: None if address in failed else clips.get(address) or self._without_features(address) for address in wanted
-        }
+        return {address: None if address in failed else clips.get(address, _ELSEWHERE) for address in wanted}
 
     def _lookup(self, addresses: list[str]) -> dict[str, EncodedClip]:
         """What the node's cache holds of these clips, failures included."""
@@ -181,11 +182,6 @@ class EncodedAudio:
             self.cache.refresh()
         found = {address: self.cache.get(sha256) for address, sha256 in hashes.items()}
         return {address: clip for address, clip in found.items() if clip is not None}
-
-    def _without_features(self, address: str) -> EncodedClip:
-        """What a later pipeline stage gets: the clip's frames without its features."""
-        frames = tuple(chunk_frames(samples).encoder for samples in chunk_lengths(self.index[address].num_samples))
-        return EncodedClip(torch.zeros(0, 0, dtype=torch.bfloat16), frames)
 
     def _encode_together(self, todo: list[str], wants: list[tuple[str, ...]]) -> tuple[dict[str, EncodedClip], dict[str, str]]:
         """Encode clips on all ranks and send each to the ranks that want it.
@@ -294,6 +290,9 @@ class EncodedAudio:
         return [_as_promised(outcome, info) for outcome, (_, info) in zip(outcomes, pack, strict=True)]
 
     def _write_quarantine(self, address: str, info: ClipInfo, error: AudioError) -> None:
+        if address in self.failures:
+            # Tried again, for it may have come back; said once.
+            return
         logger.warning("clip %s cannot be used, its samples are left out: %s", address, error)
         if self._quarantine is None:
             return

@@ -212,8 +212,12 @@ def test_too_many_failures_stop_the_run(tmp_path, runtime):
     validate(names, tmp_path, tmp_path, threads=1)
     for name in names[:2]:
         (tmp_path / name).unlink()
-    audio = EncodedAudio(CountingEncoder(), LogMelFrontEnd(80), AudioIndex.load(tmp_path), None, runtime, quarantine_limit=0.25)
-    assert audio.fetch(names[1:])[names[1]] is None
+    quarantine = tmp_path / "run" / "quarantine.jsonl"
+    front_end, index = LogMelFrontEnd(80), AudioIndex.load(tmp_path)
+    audio = EncodedAudio(CountingEncoder(), front_end, index, None, runtime, quarantine, quarantine_limit=0.25)
+    for _ in range(2):
+        assert audio.fetch(names[1:])[names[1]] is None
+        assert len(quarantine.read_text().splitlines()) == 1, "a clip that is tried again is written once"
     with pytest.raises(QuarantineLimitExceeded, match=r"2 of 4 clips cannot be used, data.quarantine_limit allows 25.0%"):
         audio.fetch(names)
 

@@ -98,7 +98,6 @@ def test_causal_equals_its_definition(backend):
     check()
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 128])

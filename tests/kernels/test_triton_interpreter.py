@@ -4,9 +4,9 @@ import os
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-triton = pytest.importorskip("triton")
-tl = triton.language
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
 

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from step_kernels import audio_attention_varlen, causal_attention_varlen
 from step_kernels.bench import lengths as real
-from step_kernels.bench.contestants import forward_backward, library, ours
+from step_kernels.bench.contestants import forward_backward, forward_only, library, ours
 from step_kernels.bench.harness import Absent, Case, Contestant, Work
 from step_kernels.segments import cumulative
 
@@ -120,19 +120,12 @@ class _Packed:
 
 
 def _case(op: str, registered: str, packed: _Packed, backward: bool, device: torch.device) -> Case:
-    def forward(function) -> Work:
-        def work():
-            with torch.no_grad():
-                return function()
-
-        return work
-
     def both(function) -> Work:
         return forward_backward(function, packed.leaves, packed.gradient)
 
     def padded() -> Work:
         run = packed.padded()
-        return forward_backward(run, packed.padded_leaves, packed.padded_gradient) if backward else forward(run)
+        return forward_backward(run, packed.padded_leaves, packed.padded_gradient) if backward else forward_only(run)
 
     def flex() -> Work:
         if backward and device.type == "cpu":
@@ -144,7 +137,7 @@ def _case(op: str, registered: str, packed: _Packed, backward: bool, device: tor
             raise Absent(f"does not compile: {str(error).splitlines()[0]}") from error
         return work
 
-    wrap = both if backward else forward
+    wrap = both if backward else forward_only
     contestants = [
         *ours(registered, wrap(packed.op), device),
         Contestant("SDPA, loop of segments", lambda: wrap(packed.loop), _LOOP),

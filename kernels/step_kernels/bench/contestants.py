@@ -1,6 +1,5 @@
 """Who takes part: the backends of an op that run here, eager torch and torch.compile of the same function."""
 
-import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,13 +27,11 @@ def forced(backend: str) -> Iterator[None]:
 
 def ours(op: str, work: Work, device: torch.device) -> list[Contestant]:
     """A contestant for every backend of an op that runs on `device`, the preferred one first; torch is the eager one's."""
-    if op not in registry.registered():
-        return [Contestant("ours", _refuse(f"step_kernels has no op {op}"))]
     backends = registry.backends_of(op, device)
     live = [name for name, reason in backends.items() if not reason and name != "torch"]
     if not live:
         why = "; ".join(reason for reason in backends.values() if reason) or "no backend but torch is written"
-        return [Contestant("ours", _refuse(f"{op}: {why}"))]
+        return [Contestant("ours", _absent(f"{op}: {why}"))]
     return [Contestant(f"ours ({name})", lambda name=name: _by(name, work)) for name in live]
 
 
@@ -73,13 +70,14 @@ def library(name: str, module: str, make: Callable[[], Work], device: torch.devi
     return Contestant(name, prepare, limit)
 
 
-def function_of(module: str, name: str) -> Callable:
-    """A function of `step_kernels` that may not have been written yet."""
-    if find_spec(f"step_kernels.{module}") is not None:
-        found = getattr(importlib.import_module(f"step_kernels.{module}"), name, None)
-        if found is not None:
-            return found
-    return _refuse(f"step_kernels.{module} has no {name}")
+def forward_only(function: Work) -> Work:
+    """The work of a forward pass that keeps nothing for backward."""
+
+    def work():
+        with torch.no_grad():
+            return function()
+
+    return work
 
 
 def forward_backward(function: Work, leaves: Sequence[torch.Tensor], output_gradient: torch.Tensor) -> Work:
@@ -100,8 +98,8 @@ def _by(name: str, work: Work) -> Work:
     return run
 
 
-def _refuse(reason: str) -> Callable:
-    def prepare(*_, **__):
+def _absent(reason: str) -> Callable[[], Work]:
+    def prepare() -> Work:
         raise Absent(reason)
 
     return prepare

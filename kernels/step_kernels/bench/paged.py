@@ -71,6 +71,7 @@ class _Caches:
 
 
 def paged_cases(device: torch.device) -> list[Case]:
+    """Decoding with caches of like and unlike lengths, one long cache, and chunks of prompts."""
     draw = random.Random(0)
     cases = []
     for name, lengths, new, heads, kv_heads, dim in (

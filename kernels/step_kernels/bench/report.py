@@ -114,6 +114,7 @@ def plot(path: Path, results: Sequence[Measured], device: torch.device) -> str:
 
 
 def device_name(device: torch.device) -> str:
+    """The GPU, or the processor with the threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -126,4 +127,5 @@ def device_name(device: torch.device) -> str:
 
 
 def version() -> str:
+    """What a figure depends on besides the device: torch's release."""
     return f"torch {torch.__version__}"

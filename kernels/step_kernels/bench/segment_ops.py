@@ -7,7 +7,7 @@ import torch
 
 from step_kernels import conv_downsample_gelu, gae_varlen, merge_audio_embeddings, pool_norm_downsample
 from step_kernels.bench import lengths as real
-from step_kernels.bench.contestants import compiled, eager, forward_backward, ours
+from step_kernels.bench.contestants import compiled, eager, forward_backward, forward_only, ours
 from step_kernels.bench.harness import Case, Contestant
 from step_kernels.conv_downsample import downsample_taps
 from step_kernels.segments import cumulative
@@ -22,6 +22,7 @@ def _random(device: torch.device, *shape: int, scale: float = 1.0) -> torch.Tens
 
 
 def pool_norm_cases(device: torch.device) -> list[Case]:
+    """The encoder's tail, on the frames of real prompts at 50 Hz."""
     from step_kernels.pool_norm_downsample import _torch
 
     lengths = real.asterisk()
@@ -51,6 +52,7 @@ def _eager_conv(x, cu_seqlens, weight, bias, rows):
 
 
 def conv_cases(device: torch.device) -> list[Case]:
+    """The adaptor's convolution on their features at 25 Hz; backward as in training, without the gradient of the features."""
     lengths = [length // 2 for length in real.asterisk()]
     rows = sum((length + 1) // 2 for length in lengths)
     cases = []
@@ -62,11 +64,7 @@ def conv_cases(device: torch.device) -> list[Case]:
         gradient = _random(device, rows, width)
 
         def forward(function, a=arguments):
-            def work():
-                with torch.no_grad():
-                    return function(*a)
-
-            return work
+            return forward_only(lambda: function(*a))
 
         def both(function, a=arguments, leaves=(weight, bias), gradient=gradient):
             return forward_backward(lambda: function(*a), leaves, gradient)
@@ -86,6 +84,7 @@ def _eager_merge(tokens, audio, positions):
 
 
 def merge_cases(device: torch.device) -> list[Case]:
+    """The audio tokens of real prompts into conversations around them."""
     cases = []
     for width in _WIDTHS:
         clips = [length // 4 for length in real.asterisk()]
@@ -99,11 +98,7 @@ def merge_cases(device: torch.device) -> list[Case]:
         arguments, gradient = (tokens, audio, positions), _random(device, at, 1, width)
 
         def forward(function, a=arguments):
-            def work():
-                with torch.no_grad():
-                    return function(*a)
-
-            return work
+            return forward_only(lambda: function(*a))
 
         def both(function, a=arguments, gradient=gradient):
             return forward_backward(lambda: function(*a), a[:2], gradient)
@@ -134,6 +129,7 @@ def _eager_gae(rewards, values, cu_seqlens, gamma, lam):
 
 
 def gae_cases(device: torch.device) -> list[Case]:
+    """Responses as short as prompts, and of 256 to 2,000 tokens."""
     from step_kernels.gae import _torch
 
     cases = []
