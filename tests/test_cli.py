@@ -35,6 +35,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEP_DATA", str(tmp_path / "data"))
     status, out, err = run(capsys, *arguments)
     assert status == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err

@@ -86,8 +86,8 @@ def evaluate(run_dir: Path, data_dir: Path, out: Path, limits: Limits | None = N
 
     started = time.perf_counter()
     limits = limits or Limits()
-    test, train = read_items(data_dir), read_labels(data_dir)
     with loaded_run(run_dir, data_dir) as listener:
+        test, train = read_items(data_dir), read_labels(data_dir)
         predictions = predict(listener, test, train, limits)
     seconds = {**stage_seconds(run_dir), "evaluate": time.perf_counter() - started}
     results = build_results(predictions, answers_by_task(train), seconds)
