@@ -1,25 +1,24 @@
 #include "native.h"
 
 #ifdef STEP_WITH_CUDA
-extern "C" int step_merge_audio(const void* tokens, const void* audio, const int64_t* positions, int64_t count, int32_t* source,
-                                void* out, int64_t length, int64_t row_bytes, void* stream);
+extern "C" int step_merge_audio(const void* audio, const int64_t* positions, int64_t count, void* tokens, int64_t length,
+                                int64_t row_bytes, void* stream);
 extern "C" int step_merge_audio_backward(const void* gradient, const int64_t* positions, int64_t count, int32_t* source,
                                          void* tokens, void* audio, int64_t length, int64_t row_bytes, void* stream);
 #endif
 
 namespace step {
 
-// Rows of any type: `audio` has as many as `positions`, `tokens` and `source` as many as the sequence is long.
+// Rows of any type: `audio` has as many as `positions`, `tokens` as many as the sequence is long.
 struct MergeShape {
   int64_t length, count, row_bytes;
 
-  MergeShape(const Tensor& tokens, const Tensor& audio, const Tensor& positions, const Tensor& source)
+  MergeShape(const Tensor& tokens, const Tensor& audio, const Tensor& positions)
       : length(tokens.size(0)), count(positions.size(0)) {
     check(positions, "positions", ScalarType::Long, 1);
-    check(source, "source", ScalarType::Int, 1);
     STD_TORCH_CHECK(tokens.is_contiguous() && audio.is_contiguous(), "tokens and audio must be contiguous");
     STD_TORCH_CHECK(tokens.scalar_type() == audio.scalar_type(), "tokens and audio must have one dtype");
-    STD_TORCH_CHECK(audio.size(0) == count && source.size(0) == length, "rows, positions and source must agree");
+    STD_TORCH_CHECK(audio.size(0) == count, "audio and positions must agree");
     row_bytes = tokens.element_size();
     for (int64_t d = 1; d < tokens.dim(); d++) row_bytes *= tokens.size(d);
     STD_TORCH_CHECK(audio.numel() * audio.element_size() == static_cast<size_t>(count * row_bytes), "audio has another row size");
@@ -33,39 +32,41 @@ static char* mutable_bytes(const Tensor& tensor) { return static_cast<char*>(ten
 // The gradient of the tokens where it is wanted; an empty tensor says that it is not.
 static char* wanted(const Tensor& tensor) { return tensor.numel() ? mutable_bytes(tensor) : nullptr; }
 
-static void build_source(const MergeShape& shape, const Tensor& positions, const Tensor& source) {
-  STD_TORCH_CHECK(STEP_CPU(merge_audio_source, longs(positions), shape.count, mutable_ints(source), shape.length),
-                  "merge_audio_embeddings: a position lies outside the ", shape.length, " tokens");
+static void check_source(const Tensor& source, const MergeShape& shape) {
+  check(source, "source", ScalarType::Int, 1);
+  STD_TORCH_CHECK(source.size(0) == shape.length, "source and tokens must agree");
 }
 
-static void merge_audio_cpu(const Tensor& tokens, const Tensor& audio, const Tensor& positions, const Tensor& source,
-                            const Tensor& out) {
-  const MergeShape shape(tokens, audio, positions, source);
-  build_source(shape, positions, source);
-  STEP_CPU(merge_audio, bytes(tokens), bytes(audio), ints(source), mutable_bytes(out), shape.length, shape.row_bytes);
+static void merge_audio_cpu(const Tensor& audio, const Tensor& positions, const Tensor& tokens) {
+  const MergeShape shape(tokens, audio, positions);
+  STD_TORCH_CHECK(STEP_CPU(merge_audio, bytes(audio), longs(positions), shape.count, mutable_bytes(tokens), shape.length,
+                           shape.row_bytes),
+                  "merge_audio_embeddings: a position lies outside the ", shape.length, " tokens");
 }
 
 static void merge_audio_backward_cpu(const Tensor& gradient, const Tensor& positions, const Tensor& source, const Tensor& tokens,
                                      const Tensor& audio) {
-  const MergeShape shape(gradient, audio, positions, source);
-  build_source(shape, positions, source);
+  const MergeShape shape(gradient, audio, positions);
+  check_source(source, shape);
+  STD_TORCH_CHECK(STEP_CPU(merge_audio_source, longs(positions), shape.count, mutable_ints(source), shape.length),
+                  "merge_audio_embeddings: a position lies outside the ", shape.length, " tokens");
   STEP_CPU(merge_audio_backward, bytes(gradient), ints(source), wanted(tokens), mutable_bytes(audio), shape.length,
            shape.row_bytes);
 }
 
 #ifdef STEP_WITH_CUDA
-static void merge_audio_cuda(const Tensor& tokens, const Tensor& audio, const Tensor& positions, const Tensor& source,
-                             const Tensor& out) {
-  const MergeShape shape(tokens, audio, positions, source);
+static void merge_audio_cuda(const Tensor& audio, const Tensor& positions, const Tensor& tokens) {
+  const MergeShape shape(tokens, audio, positions);
   CudaScope scope(tokens);
-  launched(step_merge_audio(bytes(tokens), bytes(audio), longs(positions), shape.count, mutable_ints(source), mutable_bytes(out),
-                            shape.length, shape.row_bytes, scope.stream()),
+  launched(step_merge_audio(bytes(audio), longs(positions), shape.count, mutable_bytes(tokens), shape.length, shape.row_bytes,
+                            scope.stream()),
            "merge_audio_embeddings");
 }
 
 static void merge_audio_backward_cuda(const Tensor& gradient, const Tensor& positions, const Tensor& source, const Tensor& tokens,
                                       const Tensor& audio) {
-  const MergeShape shape(gradient, audio, positions, source);
+  const MergeShape shape(gradient, audio, positions);
+  check_source(source, shape);
   CudaScope scope(gradient);
   launched(step_merge_audio_backward(bytes(gradient), longs(positions), shape.count, mutable_ints(source), wanted(tokens),
                                      mutable_bytes(audio), shape.length, shape.row_bytes, scope.stream()),
@@ -76,7 +77,7 @@ static void merge_audio_backward_cuda(const Tensor& gradient, const Tensor& posi
 }  // namespace step
 
 STABLE_TORCH_LIBRARY_FRAGMENT(step_native, m) {
-  m.def("merge_audio(Tensor tokens, Tensor audio, Tensor positions, Tensor(a!) source, Tensor(b!) out) -> ()");
+  m.def("merge_audio(Tensor audio, Tensor positions, Tensor(a!) tokens) -> ()");
   m.def("merge_audio_backward(Tensor gradient, Tensor positions, Tensor(a!) source, Tensor(b!) tokens, Tensor(c!) audio) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(step_native, CPU, m) {

@@ -1,5 +1,5 @@
-// Merge rows of audio into rows of tokens, and the way back: bytes are moved, each once, whatever their type. `source[t]` is the
-// audio row that belongs at `t`, -1 where the token's own embedding stays.
+// Put rows of audio into rows of tokens, in place, and the way back: bytes are moved, each once, whatever their type. On the way
+// back `source[t]` is the audio row whose gradient lies at `t`, -1 where it is the token's own.
 #include <cstring>
 
 #include "isa.h"
@@ -28,15 +28,19 @@ bool merge_audio_source(const int64_t* positions, int64_t count, int32_t* source
   return true;
 }
 
-void merge_audio(const char* tokens, const char* audio, const int32_t* source, char* out, int64_t length, int64_t row_bytes) {
-  parallel_for(length, grain(row_bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end;) {
-      const int64_t run = run_length(source, t, end);
-      const char* from = source[t] < 0 ? tokens + t * row_bytes : audio + source[t] * row_bytes;
-      std::memcpy(out + t * row_bytes, from, run * row_bytes);
-      t += run;
+bool merge_audio(const char* audio, const int64_t* positions, int64_t count, char* tokens, int64_t length, int64_t row_bytes) {
+  // Nothing is written where anything is wrong.
+  for (int64_t n = 0; n < count; n++)
+    if (positions[n] < 0 || positions[n] >= length) return false;
+  parallel_for(count, grain(row_bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end;) {
+      int64_t run = 1;
+      while (n + run < end && positions[n + run] == positions[n] + run) run++;
+      std::memcpy(tokens + positions[n] * row_bytes, audio + n * row_bytes, run * row_bytes);
+      n += run;
     }
   });
+  return true;
 }
 
 void merge_audio_backward(const char* gradient, const int32_t* source, char* tokens, char* audio, int64_t length,

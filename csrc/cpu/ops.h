@@ -14,7 +14,7 @@
                        const int32_t* lengths, const int32_t* cu_seqlens, float* out, int64_t sequences, int64_t max_pages,       \
                        int64_t page_size, int64_t heads, int64_t kv_heads, int64_t dim, float scale);                             \
   bool merge_audio_source(const int64_t* positions, int64_t count, int32_t* source, int64_t length);                             \
-  void merge_audio(const char* tokens, const char* audio, const int32_t* source, char* out, int64_t length, int64_t row_bytes);  \
+  bool merge_audio(const char* audio, const int64_t* positions, int64_t count, char* tokens, int64_t length, int64_t row_bytes); \
   void merge_audio_backward(const char* gradient, const int32_t* source, char* tokens, char* audio, int64_t length,              \
                             int64_t row_bytes);                                                                                  \
   void gae_varlen(const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap, int64_t segments,\

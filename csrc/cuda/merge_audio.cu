@@ -1,6 +1,6 @@
-// Merge rows of audio into rows of tokens, and the way back: bytes are moved, each once, 16 at a time where rows and pointers
-// allow. `source[t]` is the audio row that belongs at `t`, -1 where the token's own embedding stays; it is built on the device,
-// so that nothing is read back. A warp takes a row.
+// Put rows of audio into rows of tokens, in place, and the way back: bytes are moved, each once, 16 at a time where rows and
+// pointers allow. On the way back `source[t]` is the audio row whose gradient lies at `t`, -1 where it is the token's own; it is
+// built on the device, so that nothing is read back. A warp takes a row.
 #include "vectors.h"
 
 namespace step {
@@ -21,14 +21,14 @@ __global__ void mark_source(const int64_t* __restrict__ positions, int64_t count
 
 template <class Unit>
 __global__ void __launch_bounds__(32 * kWarps)
-    merge_rows(const Unit* __restrict__ tokens, const Unit* __restrict__ audio, const int32_t* __restrict__ source,
-               Unit* __restrict__ out, int64_t length, int64_t units) {
-  const int64_t t = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (t >= length) return;
-  const int32_t row = source[t];
-  const Unit* from = row < 0 ? tokens + t * units : audio + row * units;
+    place_rows(const Unit* __restrict__ audio, const int64_t* __restrict__ positions, int64_t count, Unit* __restrict__ tokens,
+               int64_t length, int64_t units) {
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (n >= count) return;
+  const int64_t t = positions[n];
+  if (t < 0 || t >= length) __trap();
 #pragma unroll 4
-  for (int64_t i = threadIdx.x % 32; i < units; i += 32) out[t * units + i] = from[i];
+  for (int64_t i = threadIdx.x % 32; i < units; i += 32) tokens[t * units + i] = audio[n * units + i];
 }
 
 template <class Unit>
@@ -57,10 +57,10 @@ inline int build_source(const int64_t* positions, int64_t count, int32_t* source
 }
 
 template <class Unit>
-int merge(const void* tokens, const void* audio, const int32_t* source, void* out, int64_t length, int64_t row_bytes,
+int place(const void* audio, const int64_t* positions, int64_t count, void* tokens, int64_t length, int64_t row_bytes,
           void* stream) {
-  STEP_LAUNCH((merge_rows<Unit>), blocks(length, kWarps), 32 * kWarps, 0, stream, static_cast<const Unit*>(tokens),
-              static_cast<const Unit*>(audio), source, static_cast<Unit*>(out), length, row_bytes / int64_t{sizeof(Unit)});
+  STEP_LAUNCH((place_rows<Unit>), blocks(count, kWarps), 32 * kWarps, 0, stream, static_cast<const Unit*>(audio), positions,
+              count, static_cast<Unit*>(tokens), length, row_bytes / int64_t{sizeof(Unit)});
   return static_cast<int>(cudaGetLastError());
 }
 
@@ -74,14 +74,13 @@ int split(const void* gradient, const int32_t* source, void* tokens, void* audio
 
 }  // namespace step
 
-extern "C" int step_merge_audio(const void* tokens, const void* audio, const int64_t* positions, int64_t count, int32_t* source,
-                                void* out, int64_t length, int64_t row_bytes, void* stream) {
-  if (length == 0 || row_bytes == 0) return 0;
+extern "C" int step_merge_audio(const void* audio, const int64_t* positions, int64_t count, void* tokens, int64_t length,
+                                int64_t row_bytes, void* stream) {
+  if (count == 0 || row_bytes == 0) return 0;
   if (row_bytes % 2) return static_cast<int>(cudaErrorInvalidValue);
-  if (const int status = step::build_source(positions, count, source, length, stream)) return status;
-  if (row_bytes % 16 == 0 && step::aligned(tokens) && step::aligned(audio) && step::aligned(out))
-    return step::merge<uint4>(tokens, audio, source, out, length, row_bytes, stream);
-  return step::merge<uint16_t>(tokens, audio, source, out, length, row_bytes, stream);
+  if (row_bytes % 16 == 0 && step::aligned(audio) && step::aligned(tokens))
+    return step::place<uint4>(audio, positions, count, tokens, length, row_bytes, stream);
+  return step::place<uint16_t>(audio, positions, count, tokens, length, row_bytes, stream);
 }
 
 // `tokens` is null where its gradient is not wanted.

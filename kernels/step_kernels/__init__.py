@@ -11,7 +11,7 @@ from step_kernels.causal_attention import causal_attention_varlen
 from step_kernels.conv_downsample import conv_downsample_gelu
 from step_kernels.gae import gae_varlen
 from step_kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
-from step_kernels.merge_audio import merge_audio_embeddings
+from step_kernels.merge_audio import merge_audio_embeddings, merge_audio_embeddings_
 from step_kernels.paged_attention import paged_attention
 from step_kernels.pool_norm_downsample import pool_norm_downsample
 from step_kernels.registry import available_backends, backends_of, registered
@@ -27,6 +27,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_log_probs",
     "merge_audio_embeddings",
+    "merge_audio_embeddings_",
     "paged_attention",
     "pool_norm_downsample",
     "registered",

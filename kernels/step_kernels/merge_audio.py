@@ -5,6 +5,9 @@
 Differentiable in both: a placeholder's own embedding gets a zero gradient, the audio row gets the output's. Rows are moved, never
 computed with, so every backend gives the same bits in every dtype. Sequence and context parallelism cut the result: the merge is
 of whole sequences, before.
+
+`merge_audio_embeddings_` writes into the tokens and touches the rows of audio alone: the one for an embedding that nobody needs
+any more, as in the model. `merge_audio_embeddings` copies first.
 """
 
 from collections.abc import Sequence
@@ -26,7 +29,7 @@ def merge_audio_embeddings_reference(tokens: torch.Tensor, audio: torch.Tensor, 
 
 
 def merge_audio_embeddings(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Replace the placeholders' embeddings; nothing is read back from the device.
+    """Replace the placeholders' embeddings in a copy; nothing is read back from the device.
 
     With no audio (`[0, ...]`) the output still depends on `audio`: the adaptor gets (zero) gradients from a text-only batch.
 
@@ -42,12 +45,33 @@ def merge_audio_embeddings(tokens: torch.Tensor, audio: torch.Tensor, positions:
     Raises:
         ValueError: if the counts or the trailing shapes or dtypes disagree (host metadata only). `check_audio_counts` says whose.
     """
+    _check(tokens, audio, positions)
+    return _op(tokens, audio, positions)
+
+
+def merge_audio_embeddings_(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Replace the placeholders' embeddings in place; arguments as in `merge_audio_embeddings`.
+
+    The tokens are given away: from here on the result stands for them, in the same memory. What made them must not need their
+    values for its backward pass (an embedding does not); autograd says so if it does.
+
+    Raises:
+        ValueError: as above; also if the tokens are not contiguous, or are a parameter (a leaf that requires gradients).
+    """
+    _check(tokens, audio, positions)
+    if not tokens.is_contiguous():
+        raise ValueError(f"{OP}_: tokens of strides {tokens.stride()} are not contiguous; use {OP}, which copies")
+    if torch.is_grad_enabled() and tokens.is_leaf and tokens.requires_grad:
+        raise ValueError(f"{OP}_: the tokens are a leaf that requires gradients and would be overwritten; use {OP}, which copies")
+    return _InPlace.apply(tokens, audio, positions)
+
+
+def _check(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor) -> None:
     if audio.shape[0] != positions.shape[0]:
         raise ValueError(f"{audio.shape[0]} audio embeddings for {positions.shape[0]} placeholders: batch and encoder disagree")
     if audio.shape[1:] != tokens.shape[1:] or audio.dtype != tokens.dtype:
         ours, theirs = (f"{list(x.shape[1:])} {x.dtype}" for x in (audio, tokens))
         raise ValueError(f"audio embeddings {ours} do not fit token embeddings {theirs}")
-    return _op(tokens, audio, positions)
 
 
 def check_audio_counts(names: Sequence[str], placeholders: Sequence[int], embeddings: Sequence[int]) -> None:
@@ -73,17 +97,22 @@ def check_audio_counts(names: Sequence[str], placeholders: Sequence[int], embedd
 
 @torch.library.custom_op("step::merge_audio_embeddings", mutates_args=())
 def _op(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    if registry.backend(OP, tokens) == "torch":
-        return tokens.index_copy(0, positions, audio)
-    tokens, audio = tokens.contiguous(), audio.contiguous()
-    out = torch.empty_like(tokens)
-    native.ops().merge_audio(tokens, audio, positions.contiguous(), _source(tokens), out)
+    out = tokens.clone(memory_format=torch.contiguous_format)
+    _place(out, audio, positions)
     return out
 
 
 @_op.register_fake
 def _(tokens, audio, positions):
     return torch.empty_like(tokens, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("step::merge_audio_embeddings_", mutates_args={"tokens"})
+def _place(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor) -> None:
+    if registry.backend(OP, tokens) == "torch":
+        tokens.index_copy_(0, positions, audio)
+    else:
+        native.ops().merge_audio(audio.contiguous(), positions.contiguous(), tokens)
 
 
 @torch.library.custom_op("step::merge_audio_embeddings_backward", mutates_args=())
@@ -94,7 +123,9 @@ def _backward_op(gradient: torch.Tensor, positions: torch.Tensor, of_tokens: boo
     gradient = gradient.contiguous()
     tokens = torch.empty_like(gradient) if of_tokens else gradient.new_empty(0)
     audio = gradient.new_empty(positions.shape[0], *gradient.shape[1:])
-    native.ops().merge_audio_backward(gradient, positions.contiguous(), _source(gradient), tokens, audio)
+    # Room for the native code's map from rows to audio rows.
+    source = torch.empty(gradient.shape[0], dtype=torch.int32, device=gradient.device)
+    native.ops().merge_audio_backward(gradient, positions.contiguous(), source, tokens, audio)
     return tokens, audio
 
 
@@ -118,6 +149,27 @@ def _gradients(ctx, gradient):
 _op.register_autograd(_gradients, setup_context=_keep_positions)
 
 
+class _InPlace(torch.autograd.Function):
+    """A function of tokens that gives their memory back under a new name.
+
+    To autograd the result is a new tensor: were it the tokens themselves (`mark_dirty`), the gradient of what is mostly a view of
+    an embedding would be copied three times.
+    """
+
+    @staticmethod
+    def forward(tokens, audio, positions):
+        _place(tokens, audio, positions)
+        return tokens.detach()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _keep_positions(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _gradients(ctx, gradient)
+
+
 def cuda_kernels():
     """What the ahead-of-time inspection looks at, see `step_kernels.inspect`: the 32B decoder's width, half audio."""
     length, count, width = 8192, 4096, 5120
@@ -125,11 +177,6 @@ def cuda_kernels():
         yield f"{OP}.{name} {length} tokens", "merge_audio.cu", name, 0, 0, moved
     for unit, mangled in (("16 bytes", "5uint4"), ("2 bytes", "t")):
         shape = f"{length} x {width} bf16, by {unit}"
-        yield f"{OP}.merge_rows {shape}", "merge_audio.cu", f"merge_rowsI{mangled}E", 0, 0, 4 * length * width
+        yield f"{OP}.place_rows {shape}", "merge_audio.cu", f"place_rowsI{mangled}E", 0, 0, 4 * count * width + 8 * count
         moved = 4 * length * width + 2 * count * width
         yield f"{OP}.split_rows {shape}", "merge_audio.cu", f"split_rowsI{mangled}E", 0, 0, moved
-
-
-def _source(rows: torch.Tensor) -> torch.Tensor:
-    """Room for the native code's map from rows to audio rows."""
-    return torch.empty(rows.shape[0], dtype=torch.int32, device=rows.device)

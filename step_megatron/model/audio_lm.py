@@ -14,7 +14,7 @@ from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from step_kernels import merge_audio_embeddings
+from step_kernels import merge_audio_embeddings_
 from step_kernels.merge_audio import check_audio_counts
 
 from step_megatron.config.schema import Config
@@ -110,7 +110,7 @@ class AudioLanguageModel(MegatronModule):
             given = [self.adaptor.tokens_out(frames) for frames in batch.encoder_frames]
             check_audio_counts(batch.audio_names, batch.audio_tokens, given)
         audio = self.adaptor(features, batch.encoder_frames, starts)
-        embeddings = merge_audio_embeddings(embeddings, audio.to(embeddings.dtype), positions)
+        embeddings = merge_audio_embeddings_(embeddings, audio.to(embeddings.dtype), positions)
         if batch.packed.cp_index is not None:
             embeddings = embeddings.index_select(0, batch.packed.cp_index)
         embeddings = embeddings.unsqueeze(1)

@@ -40,10 +40,13 @@ def gae(source: Path, **how) -> None:
 
 
 def merge(source: Path, **how) -> None:
-    tokens, audio, out = torch.randn(9, 40), torch.randn(3, 40), torch.empty(9, 40)
-    positions, map_of_rows = torch.tensor([7, 0, 4]), torch.empty(9, dtype=torch.int32)
-    launch(source, "step_merge_audio", tokens, audio, positions, 3, map_of_rows, out, 9, 160, **how)
-    assert torch.equal(out, tokens.index_copy(0, positions, audio))
+    tokens, audio, positions = torch.randn(9, 40), torch.randn(3, 40), torch.tensor([7, 0, 4])
+    merged = tokens.index_copy(0, positions, audio)
+    launch(source, "step_merge_audio", audio, positions, 3, tokens, 9, 160, **how)
+    assert torch.equal(tokens, merged)
+    grad_tokens, grad_audio, map_of_rows = torch.empty(9, 40), torch.empty(3, 40), torch.empty(9, dtype=torch.int32)
+    launch(source, "step_merge_audio_backward", merged, positions, 3, map_of_rows, grad_tokens, grad_audio, 9, 160, **how)
+    assert torch.equal(grad_tokens, merged.index_fill(0, positions, 0)) and torch.equal(grad_audio, merged[positions])
 
 
 CHECKS = {"pool_norm_downsample.cu": pool_norm, "gae.cu": gae, "merge_audio.cu": merge}
@@ -88,7 +91,8 @@ SHUFFLE = "const float before = __shfl_up_sync(~0u, total, 1);"
         # A mask is gone.
         ("gae.cu", "if (t >= begin) delta", "delta", {}, "reads outside a tensor"),
         ("gae.cu", "if (t < begin) continue;", "", {}, "writes outside a tensor"),
-        ("merge_audio.cu", "if (n >= count) return;", "", {}, "reads outside a tensor"),
+        ("merge_audio.cu", "if (n >= count) return;\n  const int64_t t", "const int64_t t", {}, "reads outside a tensor"),
+        ("merge_audio.cu", "if (n >= count) return;\n  if", "if", {}, "reads outside a tensor"),
         ("pool_norm_downsample.cu", "if (row >= rows) return;", "", {"width": 600}, "outside a tensor"),
         ("pool_norm_downsample.cu", "if ((v * 32 + lane) * kSize < width)", "", {"width": 600}, "off by"),
         # 16-byte loads where rows are not aligned.
@@ -106,8 +110,7 @@ def test_a_fault_is_noticed(tmp_path, name, old, new, options, message):
 
 
 def test_a_trap_is_an_error_and_a_refused_launch_too():
-    rows, source_row = torch.zeros(2, 4), torch.empty(2, dtype=torch.int32)
-    arguments = rows, rows[:1], torch.tensor([2]), 1, source_row, rows.clone(), 2, 16
+    arguments = torch.zeros(1, 4), torch.tensor([2]), 1, torch.zeros(2, 4), 2, 16
     with pytest.raises(EmulationError, match="__trap"):
         launch(CUDA / "merge_audio.cu", "step_merge_audio", *arguments)
     with pytest.raises(EmulationError, match="refused"):

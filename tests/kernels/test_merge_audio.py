@@ -9,18 +9,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_kernels import merge_audio_embeddings
-from step_kernels.merge_audio import _backward_op, _op, check_audio_counts, merge_audio_embeddings_reference
+from step_kernels import merge_audio_embeddings, merge_audio_embeddings_
+from step_kernels.merge_audio import _backward_op, _op, _place, check_audio_counts, merge_audio_embeddings_reference
 from support.cuda_emulation import CUDA, EmulationError, launch
 from support.kernel_checks import backends_here, forced
 
 BACKENDS = backends_here("merge_audio_embeddings")
 
 
+def in_place(tokens, audio, positions):
+    """The op in place, of an embedding's result."""
+    return merge_audio_embeddings_(tokens.clone(), audio, positions)
+
+
+FORMS = [merge_audio_embeddings, in_place]
+
+
 def test_it_has_its_fast_backends_here():
     assert {"cpp", "cuda"} <= set(BACKENDS)
 
 
+@pytest.mark.parametrize("merge", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=12, deadline=None)
 @given(
@@ -31,7 +40,7 @@ def test_it_has_its_fast_backends_here():
     needed=st.sampled_from([(True, True), (True, False), (False, True)]),
     seed=st.integers(0, 9),
 )
-def test_merge_and_its_gradients_equal_the_reference(backend, length, share, trailing, dtype, needed, seed):
+def test_merge_and_its_gradients_equal_the_reference(backend, merge, length, share, trailing, dtype, needed, seed):
     generator = torch.Generator().manual_seed(seed)
     positions = torch.randperm(length, generator=generator)[: round(share * length)]
     if seed % 2:
@@ -40,7 +49,7 @@ def test_merge_and_its_gradients_equal_the_reference(backend, length, share, tra
     cotangent = torch.randn(length, *trailing, generator=generator).to(dtype)
     ours, theirs = ([x.clone().requires_grad_(wanted) for x, wanted in zip(values, needed, strict=True)] for _ in range(2))
     with forced(backend):
-        actual = merge_audio_embeddings(*ours, positions)
+        actual = merge(*ours, positions)
         actual.backward(cotangent)
     expected = merge_audio_embeddings_reference(*theirs, positions)
     assert torch.equal(actual, expected)
@@ -51,11 +60,12 @@ def test_merge_and_its_gradients_equal_the_reference(backend, length, share, tra
             assert torch.equal(mine.grad, torch.zeros_like(mine) if reference.grad is None else reference.grad)
 
 
+@pytest.mark.parametrize("merge", FORMS)
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
-def test_gradients_in_float64(backend):
+def test_gradients_in_float64(backend, merge):
     tokens, audio = (torch.randn(count, 3, dtype=torch.float64, requires_grad=True) for count in (5, 2))
     with forced(backend):
-        assert torch.autograd.gradcheck(merge_audio_embeddings, (tokens, audio, torch.tensor([3, 0])))
+        assert torch.autograd.gradcheck(merge, (tokens, audio, torch.tensor([3, 0])))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -78,27 +88,56 @@ def test_merge_leaves_its_input_alone_and_takes_strides(backend):
     assert torch.equal(merged[1], audio[0]) and torch.equal(merged[2], before[2])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_place_writes_the_rows_of_audio_into_the_tokens(backend):
+    embedding = torch.nn.Embedding(7, 4)
+    tokens = embedding(torch.arange(6))
+    memory, before = tokens.data_ptr(), tokens.detach().clone()
+    audio, positions = torch.randn(2, 4, requires_grad=True), torch.tensor([4, 1])
+    with forced(backend):
+        merged = merge_audio_embeddings_(tokens, audio, positions)
+        assert merged.data_ptr() == memory
+        assert torch.equal(merged, before.index_copy(0, positions, audio.detach()))
+        (3 * merged).sum().backward()
+    wanted = torch.full((7, 4), 3.0)
+    wanted[[1, 4, 6]] = 0
+    assert torch.equal(embedding.weight.grad, wanted) and torch.equal(audio.grad, torch.full((2, 4), 3.0))
+
+
+def test_in_place_refuses_what_it_would_destroy():
+    audio, positions = torch.zeros(1, 4), torch.tensor([1])
+    with pytest.raises(ValueError, match="leaf that requires gradients"):
+        merge_audio_embeddings_(torch.zeros(3, 4, requires_grad=True), audio, positions)
+    with pytest.raises(ValueError, match="not contiguous"):
+        merge_audio_embeddings_(torch.zeros(4, 3).t(), audio, positions)
+    # What squares the tokens needs their values for its backward pass.
+    tokens = torch.ones(3, 4, requires_grad=True) * 2
+    squares = tokens**2
+    merged = merge_audio_embeddings_(tokens, audio, positions)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (merged.sum() + squares.sum()).backward()
+
+
 def test_a_position_outside_is_an_error():
     arguments = torch.zeros(3, 2), torch.zeros(1, 2), torch.tensor([3])
-    with forced("cpp"), pytest.raises(RuntimeError, match="outside the 3 tokens"):
-        merge_audio_embeddings(*arguments)
+    for merge in FORMS:
+        with forced("cpp"), pytest.raises(RuntimeError, match="outside the 3 tokens"):
+            merge(*arguments)
     with forced("cuda"), pytest.raises(EmulationError, match="__trap"):
         merge_audio_embeddings(*arguments)
 
 
 def test_cuda_moves_rows_that_are_not_aligned():
-    tokens, audio, out = torch.randn(4, 6), torch.randn(1, 6), torch.empty(4, 6)
-    source = torch.empty(4, dtype=torch.int32)
+    tokens, audio, positions = torch.randn(4, 6), torch.randn(1, 6), torch.tensor([2])
     for row_bytes in (24, 8, 2):
         rows = 96 // row_bytes
-        source = torch.empty(rows, dtype=torch.int32)
-        launch(CUDA / "merge_audio.cu", "step_merge_audio", tokens, audio, torch.tensor([2]), 1, source, out, rows, row_bytes)
         expected = tokens.view(torch.uint8).view(rows, row_bytes).clone()
         expected[2] = audio.view(torch.uint8).view(-1)[:row_bytes]
-        assert torch.equal(out.view(torch.uint8).view(rows, row_bytes), expected)
+        launch(CUDA / "merge_audio.cu", "step_merge_audio", audio, positions, 1, tokens, rows, row_bytes)
+        assert torch.equal(tokens.view(torch.uint8).view(rows, row_bytes), expected)
     with pytest.raises(EmulationError, match="refused"):
-        launch(CUDA / "merge_audio.cu", "step_merge_audio", tokens, audio, torch.tensor([2]), 1, source, out, 32, 3)
-    nothing = ctypes.c_void_p(0)
+        launch(CUDA / "merge_audio.cu", "step_merge_audio", audio, positions, 1, tokens, 32, 3)
+    source, nothing = torch.empty(4, dtype=torch.int32), ctypes.c_void_p(0)
     launch(CUDA / "merge_audio.cu", "step_merge_audio_backward", tokens, torch.tensor([2]), 1, source, nothing, audio, 4, 24)
     assert torch.equal(audio[0], tokens[2])
 
@@ -107,6 +146,7 @@ def test_cuda_moves_rows_that_are_not_aligned():
 def test_registration(count):
     values = torch.randn(5, 1, 4, requires_grad=True), torch.randn(count, 1, 4, requires_grad=True), torch.arange(count)
     torch.library.opcheck(_op, values)
+    torch.library.opcheck(_place, tuple(each.detach() for each in values))
     torch.library.opcheck(_backward_op, (torch.randn(5, 1, 4), torch.arange(count), True))
     torch.library.opcheck(_backward_op, (torch.randn(5, 1, 4), torch.arange(count), False))
 

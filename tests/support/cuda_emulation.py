@@ -152,8 +152,8 @@ def _row_bytes(rows: torch.Tensor) -> int:
     return rows[0].numel() * rows.element_size() if len(rows) else 0
 
 
-def _merge_audio(tokens, audio, positions, source, out):
-    arguments = (tokens, audio, positions, len(positions), source, out, len(tokens), _row_bytes(tokens))
+def _merge_audio(audio, positions, tokens):
+    arguments = (audio, positions, len(positions), tokens, len(tokens), _row_bytes(tokens))
     launch(CUDA / "merge_audio.cu", "step_merge_audio", *arguments)
 
 

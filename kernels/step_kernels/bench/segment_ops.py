@@ -5,7 +5,7 @@ Each has to be twice as fast as eager torch over the packed rows and no slower t
 
 import torch
 
-from step_kernels import conv_downsample_gelu, gae_varlen, merge_audio_embeddings, pool_norm_downsample
+from step_kernels import conv_downsample_gelu, gae_varlen, merge_audio_embeddings_, pool_norm_downsample
 from step_kernels.bench import lengths as real
 from step_kernels.bench.contestants import compiled, eager, forward_backward, forward_only, ours
 from step_kernels.bench.harness import Case, Contestant
@@ -79,12 +79,27 @@ def conv_cases(device: torch.device) -> list[Case]:
     return cases
 
 
-def _eager_merge(tokens, audio, positions):
+def _merge(tokens, audio, positions):
+    # In the model the tokens come from an embedding, not from a leaf.
+    return merge_audio_embeddings_(tokens.view_as(tokens), audio, positions)
+
+
+def _index_copy(tokens, audio, positions):
     return tokens.index_copy(0, positions, audio)
 
 
+def _masked_scatter(tokens, audio, positions):
+    """As transformers merges, there with a mask made of the token ids."""
+    mask = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device).index_fill_(0, positions, True)
+    return tokens.masked_scatter(mask[:, None, None].expand_as(tokens), audio)
+
+
+def _index_copy_in_place(tokens, audio, positions):
+    return tokens.index_copy_(0, positions, audio)
+
+
 def merge_cases(device: torch.device) -> list[Case]:
-    """The audio tokens of real prompts into conversations around them."""
+    """The audio tokens of real prompts into conversations around them; ours in place, as the model has it."""
     cases = []
     for width in _WIDTHS:
         clips = [length // 4 for length in real.asterisk()]
@@ -105,10 +120,13 @@ def merge_cases(device: torch.device) -> list[Case]:
 
         for name, wrap in (("forward", forward), ("forward + backward", both)):
             contestants = [
-                *ours("merge_audio_embeddings", wrap(merge_audio_embeddings), device),
-                eager(wrap(_eager_merge), _EAGER),
-                compiled(_eager_merge, arguments, _COMPILED, wrap),
+                *ours("merge_audio_embeddings", wrap(_merge), device),
+                eager(wrap(_index_copy), _EAGER),
+                Contestant("eager, masked_scatter", lambda wrap=wrap: wrap(_masked_scatter), _EAGER),
+                compiled(_index_copy, arguments, _COMPILED, wrap),
             ]
+            if wrap is forward:  # autograd does not let torch write into a leaf, nor into a view of one
+                contestants.append(Contestant("eager, in place", lambda wrap=wrap: wrap(_index_copy_in_place), _COMPILED))
             shape = f"{len(places)} audio tokens into {at} x {width}, {name}"
             cases.append(Case("merge-audio", shape, contestants, tolerance=0.0))
     return cases
