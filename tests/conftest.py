@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# What was measured on this machine decides nothing here.
+os.environ["STEP_KERNELS_CHOICES"] = ""
+
 # Before torch is imported: several processes share the cores in many tests.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")

@@ -15,7 +15,7 @@ from step_kernels import packed_attention, packed_attention_triton, registry
 from step_kernels.segments import check_packed
 
 OP = "audio_attention_varlen"
-registry.register(OP, triton=(*registry.HALF, torch.float32), cpp=(torch.float32,))
+registry.register(OP, triton=(*registry.HALF, torch.float32), flash=registry.HALF, te=registry.HALF, cpp=(torch.float32,))
 _op = packed_attention.define(OP, causal=False)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from step_kernels import native, packed_attention_triton, registry
+from step_kernels import attention_libraries, native, packed_attention_triton, registry
 from step_kernels.segments import equal_runs
 
 Op = Callable[
@@ -45,9 +45,16 @@ def attend(
         shapes = ", ".join(f"{list(part.shape)}" for part in (query, key, value))
         raise ValueError(f"{name}: query, key and value of one number of rows and one width are needed, got {shapes}")
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    backend = _choose(name, query.device.type, query.dtype, query.shape[2])
+    wants_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+    backend = _choose(name, query.device, query.dtype, query.shape[2], query.shape[0] > 0, return_lse, wants_gradient)
+    # torch and the libraries differentiate their own functions: they stay outside of the operator.
+    if backend in registry.LIBRARIES:
+        out, lse = attention_libraries.attend(
+            backend, query, key, value, cu_seqlens, lengths, valid, scale, causal, return_lse
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
     if backend == "torch":
-        # Outside of the operator: torch differentiates its own functions, in float64 too, and as often as wanted.
+        # In float64 too, and as often as wanted.
         out = attend_torch(query, key, value, lengths, valid, scale, causal)
         return (out, lse_torch(query, key, lengths, valid, scale, causal)) if return_lse else out
     out, lse = op(query, key, value, cu_seqlens, lengths, valid, scale, backend)
@@ -170,9 +177,13 @@ def _runs(query, key, value, lengths, valid):
         yield q, k[:, :, :keys], v[:, :, :keys], torch.ones(length, keys, dtype=torch.bool, device=query.device).triu(1)
 
 
-def _choose(name: str, device: str, dtype: torch.dtype, dim: int) -> str:
+def _choose(
+    name: str, device: torch.device, dtype: torch.dtype, dim: int, tokens: bool, wants_lse: bool, wants_gradient: bool
+) -> str:
+    """The backend of a call of these sizes (`tokens`: there are some)."""
+    unfit = attention_libraries.unfit(dim, tokens, wants_lse, wants_gradient)
     fits = {"cpp": dim % 16 == 0 and 0 < dim <= 256, "triton": dim in packed_attention_triton.DIMS}
-    unfit = [backend for backend, fit in fits.items() if not fit]
+    unfit |= {backend: f"a head dimension of {dim}" for backend, fit in fits.items() if not fit}
     return registry.backend(name, torch.empty(0, 0, dim, device=device, dtype=dtype), unfit)
 
 

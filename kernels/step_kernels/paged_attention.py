@@ -117,7 +117,8 @@ def _op(
     scale: float,
 ) -> torch.Tensor:
     dim = query.shape[2]
-    chosen = registry.backend(OP, query, ("cpp", "triton") if dim % 16 or dim > 256 else ())
+    unfit = dict.fromkeys(("cpp", "triton"), f"a head dimension of {dim}") if dim % 16 or dim > 256 else {}
+    chosen = registry.backend(OP, query, unfit)
     if chosen == "torch":
         return _torch(query, key_cache, value_cache, block_table, lengths, cu_seqlens, scale)
     query, key_cache, value_cache, block_table = (x.contiguous() for x in (query, key_cache, value_cache, block_table))

@@ -2,31 +2,37 @@
 
     cuda     CUDA C++ (`csrc/cuda`)            triton   Triton kernels of the op's own file
     cpp      C++ for the CPU (`csrc/cpu`)      torch    the op in plain torch
+    flash    flash-attn, where installed       te       Transformer Engine, where installed
 
-An op states with `register` which backends it has, for which dtypes. `STEP_KERNELS_BACKEND` forces one, or a list in order of
-preference (`triton,cpp`); a backend that an op lacks or that cannot run is an error, never a silent fallback. Without it a dtype
-that no faster backend covers (float64 on a CPU) goes to torch, and so does an op on a device for which nothing else was written;
-a missing native library is an error all the same, for it is a broken installation.
+An op states with `register` which backends it has, for which dtypes. What was measured on this device (`step_kernels.choices`)
+goes before that order, and `STEP_KERNELS_BACKEND` before both: it forces one, or a list in order of preference (`triton,cpp`); a
+backend that an op lacks or that cannot run is then an error, never a silent fallback. Without it a dtype that no faster backend
+covers (float64 on a CPU) goes to torch, and so does an op on a device for which nothing else was written; a missing native
+library is an error all the same, for it is a broken installation. The libraries are passed over where they are not installed.
 """
 
 import os
+import warnings
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 
 import torch
 
-from step_kernels import native
+from step_kernels import attention_libraries, choices, native
 
-BACKENDS = ("cuda", "triton", "cpp", "torch")
+LIBRARIES = ("flash", "te")
+BACKENDS = ("cuda", "triton", *LIBRARIES, "cpp", "torch")
 VARIABLE = "STEP_KERNELS_BACKEND"
 HALF = (torch.bfloat16, torch.float16)
 # Device on which a backend's kernels run; Triton's interpreter runs them on a CPU too, when asked to.
-_DEVICE = {"cuda": "cuda", "triton": "cuda", "cpp": "cpu"}
+_DEVICE = {"cuda": "cuda", "triton": "cuda", "flash": "cuda", "te": "cuda", "cpp": "cpu"}
 
 _ops: dict[str, dict[str, frozenset[torch.dtype]]] = {}
 # How often each (op, backend) was chosen in this process.
 chosen: Counter[tuple[str, str]] = Counter()
+# Measured choices that cannot be followed: each is said once.
+_said: set[choices.Key] = set()
 
 
 def register(op: str, **backends: Collection[torch.dtype]) -> None:
@@ -39,16 +45,37 @@ def registered() -> dict[str, tuple[str, ...]]:
     return {op: (*backends, "torch") for op, backends in _ops.items()}
 
 
-def backend(op: str, tensor: torch.Tensor, unfit: Collection[str] = ()) -> str:
-    """Choose the backend of an op for a tensor like this one, not one of `unfit`, which do not take its sizes.
+def backend(op: str, tensor: torch.Tensor, unfit: Mapping[str, str] | None = None) -> str:
+    """Choose the backend of an op for a tensor like this one, and count it.
+
+    Args:
+        tensor: its device, dtype and last dimension decide.
+        unfit: backends that do not take this call, each with what it does not take.
 
     Raises:
         RuntimeError: if `STEP_KERNELS_BACKEND` asks for what the op lacks or what cannot run here, or the installation is broken.
+        ValueError: if the file of measured choices is damaged.
     """
-    forced = os.environ.get(VARIABLE, "")
-    name = _forced(op, tensor, forced, unfit) if forced else _preferred(op, tensor, unfit)
+    width = tensor.shape[-1] if tensor.dim() else 0
+    name, _ = decide(op, tensor.device, tensor.dtype, width, unfit or {})
     chosen[op, name] += 1
     return name
+
+
+def decide(
+    op: str, device: torch.device, dtype: torch.dtype, width: int = 0, unfit: Mapping[str, str] | None = None
+) -> tuple[str, str]:
+    """The backend of an op for tensors of this kind, and why: for `doctor`, and for whoever keeps what an op computed.
+
+    Arguments and errors as in `backend`; `width` is the last dimension.
+    """
+    unfit = unfit or {}
+    if forced := os.environ.get(VARIABLE, ""):
+        return _forced(op, device, dtype, forced, unfit), f"forced by {VARIABLE}={forced}"
+    measured = choices.find(device, op, dtype, width)
+    if measured and _can_follow(measured, device, dtype, unfit):
+        return measured.backend, measured.why()
+    return _preferred(op, device, dtype, unfit)
 
 
 def available_backends(device: torch.device | str) -> dict[str, str]:
@@ -61,30 +88,56 @@ def backends_of(op: str, device: torch.device | str) -> dict[str, str]:
     return {name: _unavailable(name, torch.device(device).type) for name in registered()[op]}
 
 
-def _preferred(op: str, tensor: torch.Tensor, unfit: Collection[str]) -> str:
-    for name, dtypes in _ops[op].items():
-        if _DEVICE[name] == tensor.device.type and tensor.dtype in dtypes and name not in unfit:
-            if reason := _unavailable(name, tensor.device.type):
-                raise RuntimeError(f"{op}: {reason}, or set {VARIABLE}=torch to run the op in plain torch")
-            return name
-    return "torch"
+def takes(op: str, name: str, dtype: torch.dtype) -> bool:
+    """Whether an op has a backend for a dtype."""
+    return name == "torch" or dtype in _ops[op].get(name, ())
 
 
-def _forced(op: str, tensor: torch.Tensor, forced: str, unfit: Collection[str]) -> str:
+def _can_follow(measured: choices.Choice, device: torch.device, dtype: torch.dtype, unfit: Mapping[str, str]) -> bool:
+    """Whether a measured choice holds for this call; one that can never hold here is said once."""
+    op, name = measured.op, measured.backend
+    if name in unfit:
+        return False
+    known = name in BACKENDS and takes(op, name, dtype)
+    reason = _unavailable(name, device.type) if known else f"{op} has no {name} for {measured.dtype}"
+    if reason and measured.key not in _said:
+        _said.add(measured.key)
+        warnings.warn(
+            f"{choices.path()}: {op} ({measured.dtype}, {measured.width}) was measured to be fastest by {name}, which cannot "
+            f"run: {reason}; the registered order is followed. Repair that, or measure again with `step-megatron bench --choose`",
+            stacklevel=2,
+        )
+    return not reason
+
+
+def _preferred(op: str, device: torch.device, dtype: torch.dtype, unfit: Mapping[str, str]) -> tuple[str, str]:
+    written = [name for name in _ops[op] if _DEVICE[name] == device.type]
+    for name in written:
+        if dtype not in _ops[op][name] or name in unfit:
+            continue
+        if reason := _unavailable(name, device.type):
+            if name in LIBRARIES:
+                continue
+            raise RuntimeError(f"{op}: {reason}, or set {VARIABLE}=torch to run the op in plain torch")
+        return name, "first of its order" if name == written[0] else "first of its order that takes it"
+    return "torch", "no other takes it" if written else f"the only one on {device.type}"
+
+
+def _forced(op: str, device: torch.device, dtype: torch.dtype, forced: str, unfit: Mapping[str, str]) -> str:
     wanted = [name.strip() for name in forced.split(",")]
     if unknown := [name for name in wanted if name not in BACKENDS]:
         raise RuntimeError(f"{VARIABLE}={forced}: {unknown[0]!r} is not a backend; there are {', '.join(BACKENDS)}")
     mine = [name for name in wanted if name == "torch" or name in _ops[op]]
     if not mine:
         raise RuntimeError(f"{VARIABLE}={forced}: {op} has {', '.join(registered()[op])}; add one of them to the list")
-    mine = [name for name in mine if name not in unfit]
-    if not mine:
-        raise RuntimeError(f"{VARIABLE}={forced}: {op} does not take the sizes {tuple(tensor.shape)}; add torch to the list")
-    if reason := _unavailable(mine[0], tensor.device.type):
-        raise RuntimeError(f"{VARIABLE}={forced}: {op} cannot use {mine[0]}: {reason}")
-    if mine[0] != "torch" and tensor.dtype not in _ops[op][mine[0]]:
-        raise RuntimeError(f"{VARIABLE}={forced}: {op} by {mine[0]} does not take {tensor.dtype}; add torch to the list")
-    return mine[0]
+    fit = [name for name in mine if name not in unfit]
+    if not fit:
+        raise RuntimeError(f"{VARIABLE}={forced}: {op} by {mine[0]} does not take {unfit[mine[0]]}; add torch to the list")
+    if reason := _unavailable(fit[0], device.type):
+        raise RuntimeError(f"{VARIABLE}={forced}: {op} cannot use {fit[0]}: {reason}")
+    if not takes(op, fit[0], dtype):
+        raise RuntimeError(f"{VARIABLE}={forced}: {op} by {fit[0]} does not take {dtype}; add torch to the list")
+    return fit[0]
 
 
 def _unavailable(name: str, device: str) -> str:
@@ -99,6 +152,8 @@ def _unavailable(name: str, device: str) -> str:
         return f"{name} kernels run on {_DEVICE[name]} tensors, not on {device}"
     if name == "triton":
         return ""
+    if name in LIBRARIES:
+        return attention_libraries.load_error(name)
     if reason := native.load_error():
         return reason
     return (

@@ -35,7 +35,7 @@ def test_a_broken_installation_is_an_error_not_a_slow_run(monkeypatch):
 @pytest.mark.parametrize(
     ("forced", "tensor", "message"),
     [
-        ("avx", FLOAT, "'avx' is not a backend; there are cuda, triton, cpp, torch"),
+        ("avx", FLOAT, "'avx' is not a backend; there are cuda, triton, flash, te, cpp, torch"),
         ("cuda", FLOAT, "op cannot use cuda: cuda kernels run on cuda tensors, not on cpu"),
         ("triton", FLOAT, "op cannot use triton"),
         ("cpp", FLOAT.double(), "op by cpp does not take torch.float64; add torch to the list"),
