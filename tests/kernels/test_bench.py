@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +15,20 @@ from step_kernels.bench.harness import Absent, Case, Contestant, extra_bytes, me
 CPU = torch.device("cpu")
 
 
-def takes(seconds: float, result: float = 1.0):
-    def work():
-        time.sleep(seconds)
-        return torch.tensor([result])
+@pytest.fixture
+def takes(monkeypatch):
+    """`takes(seconds, result)` prepares work of that duration, by a clock of its own: a busy machine changes nothing."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("step_kernels.bench.harness.time", SimpleNamespace(perf_counter=lambda: clock.now))
 
-    return lambda: work
+    def prepare(seconds: float = 0.001, result: float = 1.0):
+        def work():
+            clock.now += seconds
+            return torch.tensor([result])
+
+        return lambda: work
+
+    return prepare
 
 
 def absent(reason: str):
@@ -30,22 +38,22 @@ def absent(reason: str):
     return prepare
 
 
-def test_ratios_are_formed_within_rounds_and_the_absent_say_why():
+def test_ratios_are_formed_within_rounds_and_the_absent_say_why(takes):
     contestants = [Contestant("ours", takes(0.01)), Contestant("slow", takes(0.03), 2.0), Contestant("gone", absent("no GPU"))]
     measured = measure(Case("op", "shape", contestants), 3, CPU)
-    assert all(2.3 < ratio < 3.5 for ratio in measured.ratios("slow")) and measured.absent == {"gone": "no GPU"}
+    assert all(ratio == pytest.approx(3) for ratio in measured.ratios("slow")) and measured.absent == {"gone": "no GPU"}
     text = report.table(measured)
     assert "at least 2 wanted" in text and "no GPU" in text and text.startswith("op  shape")
 
 
-def test_contestants_that_disagree_are_not_compared():
+def test_contestants_that_disagree_are_not_compared(takes):
     for wrong in (1.01, math.nan):
-        contestants = [Contestant("ours", takes(0.0)), Contestant("other", takes(0.0, wrong))]
+        contestants = [Contestant("ours", takes()), Contestant("other", takes(result=wrong))]
         with pytest.raises(RuntimeError, match="result 0 of other differs from that of ours"):
             measure(Case("op", "shape", contestants), 1, CPU)
 
 
-def test_the_tightest_comparison_is_the_result():
+def test_the_tightest_comparison_is_the_result(takes):
     contestants = [Contestant("ours", takes(0.004)), Contestant("near", takes(0.008), 1.9), Contestant("far", takes(0.02), 2.0)]
     result = report.summary("op", [measure(Case("op", "s", contestants), 3, CPU)], CPU)
     assert result["peer"] == "near" and result["limit"] == 1.9 and result["low"] <= result["ratio"] <= result["high"]
@@ -54,8 +62,8 @@ def test_the_tightest_comparison_is_the_result():
     assert not report.summary("op", [measure(Case("op", "s", missed), 2, CPU)], CPU)["ok"]
 
 
-def test_without_ours_nothing_is_timed_and_nothing_is_claimed():
-    measured = measure(Case("op", "s", [Contestant("ours", absent("not built")), Contestant("eager", takes(0.0), 2.0)]), 2, CPU)
+def test_without_ours_nothing_is_timed_and_nothing_is_claimed(takes):
+    measured = measure(Case("op", "s", [Contestant("ours", absent("not built")), Contestant("eager", takes(), 2.0)]), 2, CPU)
     result = report.summary("op", [measured], CPU)
     assert not result["ok"] and result["ratio"] is None and result["absent"] == {"s": {"ours": "not built"}}
     assert "not timed" in report.table(measured)
@@ -71,9 +79,9 @@ def test_extra_memory_is_the_peak_above_what_was_held_without_the_results():
     assert 28 << 20 < extra_bytes(work, CPU) < 40 << 20  # one of the two 32 MiB tensors is the result
 
 
-def test_a_contestant_may_use_its_own_layout():
-    padded = Contestant("padded", lambda: lambda: torch.tensor([[1.0, 0.0]]), comparable=lambda x: x[:, 0])
-    assert not measure(Case("op", "s", [Contestant("ours", takes(0.0)), padded]), 1, CPU).absent
+def test_a_contestant_may_use_its_own_layout(takes):
+    padded = Contestant("padded", lambda: lambda: takes()().new_tensor([[1.0, 0.0]]), comparable=lambda x: x[:, 0])
+    assert not measure(Case("op", "s", [Contestant("ours", takes()), padded]), 1, CPU).absent
 
 
 def test_percentiles():
@@ -81,7 +89,7 @@ def test_percentiles():
     assert percentiles([0.0, 1.0, 2.0, 3.0, 4.0]) == pytest.approx((0.8, 2.0, 3.2))
 
 
-def test_csv_and_plot(tmp_path, monkeypatch):
+def test_csv_and_plot(tmp_path, monkeypatch, takes):
     measured = [measure(Case("op", "shape", [Contestant("ours", takes(0.001)), Contestant("eager", takes(0.002))]), 3, CPU)]
     report.write_csv(tmp_path / "op.csv", measured, CPU)
     rows = list(csv.DictReader((tmp_path / "op.csv").open()))

@@ -183,7 +183,7 @@ def _inner(work: Work, device: torch.device) -> int:
     once = _time(work, 1, device)
     if once < _SAMPLE_SECONDS:
         once = min(once, _time(work, 1, device))
-    return max(1, min(2000, round(_SAMPLE_SECONDS / once)))
+    return max(1, min(2000, round(_SAMPLE_SECONDS / max(once, 1e-9))))
 
 
 def _time(work: Work, times: int, device: torch.device) -> float:
