@@ -80,7 +80,7 @@ def test_extra_memory_is_the_peak_above_what_was_held_without_the_results():
 
 
 def test_a_contestant_may_use_its_own_layout(takes):
-    padded = Contestant("padded", lambda: lambda: takes()().new_tensor([[1.0, 0.0]]), comparable=lambda x: x[:, 0])
+    padded = Contestant("padded", lambda: lambda: torch.tensor([[1.0, 0.0]]), comparable=lambda x: x[:, 0])
     assert not measure(Case("op", "s", [Contestant("ours", takes()), padded]), 1, CPU).absent
 
 
