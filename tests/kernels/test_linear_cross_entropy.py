@@ -202,6 +202,26 @@ def test_registration(tokens):
     torch.library.opcheck(_log_probs, (hidden, weight, labels, 0, ""))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_liger_kernel_agrees(dtype):
+    """Its kernels, under Triton's interpreter as ours; a token that it ignores is one of weight 0."""
+    fused = pytest.importorskip("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    hidden, weight, labels = inputs(40, 16, 200, dtype)
+    mask = torch.arange(40) % 5 > 0
+    theirs = fused(weight, hidden, labels.where(mask, -100))
+    with forced("triton"):
+        ours, _ = linear_cross_entropy(hidden, weight, labels, mask.float())
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+    for name, *each in zip(
+        ("sum", "hidden.grad", "weight.grad"),
+        (ours, *torch.autograd.grad(ours * 1.5, (hidden, weight))),
+        (theirs, *torch.autograd.grad(theirs * 1.5, (hidden, weight))),
+        strict=True,
+    ):
+        error, largest = (each[0] - each[1]).abs().max(), each[1].abs().max()
+        assert error <= tolerance * largest, f"{name} is off by {error:.1e} of {largest:.1e}"
+
+
 def test_log_probs_pass_gradcheck():
     hidden, weight, labels = inputs(4, 3, 7, torch.float64)
     assert torch.autograd.gradcheck(lambda *each: linear_log_probs(*each, labels), (hidden, weight))
