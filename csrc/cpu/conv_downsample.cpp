@@ -1,5 +1,6 @@
-// What the strided convolution needs around its matrix products: rows of inputs side by side for one block of outputs at a time (in
-// the weight's own order, so that the weight is never copied), bias with GELU, and the two passes of its backward.
+// What the strided convolution needs after its matrix products: bias with GELU, the two passes of its backward, and the weight's
+// planes for products by tiles (see conv_products.py).
+#include "conv_place.h"
 #include "isa.h"
 #include "ops.h"
 #include "parallel.h"
@@ -8,81 +9,6 @@ namespace step {
 namespace STEP_ISA {
 
 namespace {
-
-static inline float widen(float value) { return value; }
-static inline float widen(uint16_t bfloat16) {
-  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-typedef uint16_t halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
-
-static inline vec load_wide(const float* from) { return load(from); }
-static inline vec load_wide(const uint16_t* bfloat16) {
-  const ivec bits = __builtin_convertvector(*reinterpret_cast<const halves*>(bfloat16), ivec) << 16;
-  vec value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-// Writes three rows as one, element by element: a0 b0 c0 a1 b1 c1 ... A compiler makes single stores of the plain loop.
-struct Interleave {
-  ivec first[3], second[3];
-
-  Interleave() {
-    for (int part = 0; part < 3; part++)
-      for (int lane = 0; lane < kLanes; lane++) {
-        const int channel = (part * kLanes + lane) / 3, tap = (part * kLanes + lane) % 3;
-        first[part][lane] = channel + (tap == 1 ? kLanes : 0);
-        second[part][lane] = tap == 2 ? kLanes + channel : lane;
-      }
-  }
-
-  template <class Value>
-  void operator()(const Value* a, const Value* b, const Value* c, float* out, int64_t width) const {
-    int64_t i = 0;
-#if !defined(__clang__)  // which shuffles by constants only
-    for (; i + kLanes <= width; i += kLanes) {
-      const vec x = load_wide(a + i), y = load_wide(b + i), z = load_wide(c + i);
-      for (int part = 0; part < 3; part++)
-        store(out + 3 * i + part * kLanes, __builtin_shuffle(__builtin_shuffle(x, y, first[part]), z, second[part]));
-    }
-#endif
-    for (; i < width; i++) {
-      out[3 * i] = widen(a[i]);
-      out[3 * i + 1] = widen(b[i]);
-      out[3 * i + 2] = widen(c[i]);
-    }
-  }
-};
-
-// Where an output row stands: its segment, and the first output of that segment.
-struct Place {
-  int64_t segment = 0, first_output = 0;
-
-  void move_to(int64_t output, const int32_t* cu_seqlens) {
-    while (output >= first_output + (cu_seqlens[segment + 1] - cu_seqlens[segment] + 1) / 2) {
-      first_output += (cu_seqlens[segment + 1] - cu_seqlens[segment] + 1) / 2;
-      segment++;
-    }
-  }
-};
-
-// The rows that an output reads; null outside its segment.
-template <class Value>
-struct Taps {
-  Value* row[3];
-
-  Taps(Value* x, const int32_t* cu_seqlens, const Place& place, int64_t output, int64_t width) {
-    const int64_t start = cu_seqlens[place.segment], end = cu_seqlens[place.segment + 1];
-    for (int tap = 0; tap < 3; tap++) {
-      const int64_t frame = start + 2 * (output - place.first_output) + tap - 1;
-      row[tap] = frame >= start && frame < end ? x + frame * width : nullptr;
-    }
-  }
-};
 
 // Standard normal distribution function and density. Abramowitz and Stegun 7.1.26 (1.5e-7), on the side where nothing cancels.
 static inline vec normal(vec x, vec& density) {
@@ -110,50 +36,85 @@ static inline vec gelu_slope(vec x) {
   return below + x * density;
 }
 
-template <class Value>
-static void gather(const Value* x, const int32_t* cu_seqlens, float* columns, int64_t first, int64_t rows, int64_t width) {
-  const Interleave interleave;
-  parallel_for(rows, 16, [&](int64_t begin, int64_t end) {
-    Place place;
-    for (int64_t row = begin; row < end; row++) {
-      place.move_to(first + row, cu_seqlens);
-      const Taps<const Value> taps(x, cu_seqlens, place, first + row, width);
-      float* out = columns + row * width * 3;
-      if (taps.row[0] && taps.row[2])
-        interleave(taps.row[0], taps.row[1], taps.row[2], out, width);
-      else
-        for (int tap = 0; tap < 3; tap++)
-          for (int64_t i = 0; i < width; i++) out[3 * i + tap] = taps.row[tap] ? widen(taps.row[tap][i]) : 0.0f;
-    }
-  });
-}
+// What stands in a row as a0 b0 c0 a1 b1 c1 ... becomes three vectors.
+struct Deinterleave {
+  ivec low[3], high[3];
+
+  Deinterleave() {
+    for (int tap = 0; tap < 3; tap++)
+      for (int lane = 0; lane < kLanes; lane++) {
+        // Of the first two vectors, then of their choice and the third one.
+        const int place = 3 * lane + tap;
+        low[tap][lane] = place < 2 * kLanes ? place : 0;
+        high[tap][lane] = place < 2 * kLanes ? lane : place - kLanes;
+      }
+  }
+  void operator()(const float* from, vec* taps) const {
+    const vec x = load(from), y = load(from + kLanes), z = load(from + 2 * kLanes);
+    for (int tap = 0; tap < 3; tap++) taps[tap] = __builtin_shuffle(__builtin_shuffle(x, y, low[tap]), z, high[tap]);
+  }
+};
 
 }  // namespace
-
-void conv_gather(const void* x, bool bfloat16, const int32_t* cu_seqlens, float* columns, int64_t first, int64_t rows,
-                 int64_t width) {
-  if (bfloat16)
-    gather(static_cast<const uint16_t*>(x), cu_seqlens, columns, first, rows, width);
-  else
-    gather(static_cast<const float*>(x), cu_seqlens, columns, first, rows, width);
-}
 
 void conv_scatter(const float* columns, const int32_t* cu_seqlens, float* x, int64_t first, int64_t rows, int64_t width) {
   // Neighbouring outputs share a row of x: threads share out the columns instead, so that every sum has one order.
   parallel_for(width, 64, [&](int64_t begin, int64_t end) {
     Place place;
     for (int64_t row = 0; row < rows; row++) {
-      place.move_to(first + row, cu_seqlens);
-      const Taps<float> taps(x, cu_seqlens, place, first + row, width);
-      const float* from = columns + row * width * 3;
-      for (int tap = 0; tap < 3; tap++)
-        if (taps.row[tap])
-          for (int64_t i = begin; i < end; i++) taps.row[tap][i] += from[3 * i + tap];
+      place.move_to_output(first + row, cu_seqlens);
+      const int64_t start = cu_seqlens[place.segment], last = cu_seqlens[place.segment + 1];
+      for (int tap = 0; tap < 3; tap++) {
+        const int64_t frame = start + 2 * (first + row - place.first_output) + tap - 1;
+        if (frame < start || frame >= last) continue;
+        for (int64_t i = begin; i < end; i++) x[frame * width + i] += columns[(row * width + i) * 3 + tap];
+      }
     }
   });
 }
 
-// `hidden` gets the bias added in place; `out` may be the same memory.
+// Planes of a weight `[out, in, 3]`, each `[out, in]`: the middle tap, the first, the last, half the sum and half the difference of
+// first and last.
+void conv_split_weight(const float* weight, float* planes, int64_t out_width, int64_t width) {
+  const int64_t plane = out_width * width;
+  const vec half = splat(0.5f);
+  const Deinterleave deinterleave;
+  parallel_for(out_width, 1 + 8192 / (width + 1), [&](int64_t begin, int64_t end) {
+    int64_t i = begin * width;
+    for (; i + kLanes <= end * width; i += kLanes) {
+      vec taps[3];
+      deinterleave(weight + 3 * i, taps);
+      store(planes + i, taps[1]);
+      store(planes + plane + i, taps[0]);
+      store(planes + 2 * plane + i, taps[2]);
+      store(planes + 3 * plane + i, half * (taps[0] + taps[2]));
+      store(planes + 4 * plane + i, half * (taps[0] - taps[2]));
+    }
+    for (; i < end * width; i++) {
+      const float a = weight[3 * i], c = weight[3 * i + 2];
+      planes[i] = weight[3 * i + 1];
+      planes[plane + i] = a;
+      planes[2 * plane + i] = c;
+      planes[3 * plane + i] = 0.5f * (a + c);
+      planes[4 * plane + i] = 0.5f * (a - c);
+    }
+  });
+}
+
+// The weight's gradient from those of its planes.
+void conv_join_weight(const float* planes, float* weight, int64_t out_width, int64_t width) {
+  const int64_t plane = out_width * width;
+  parallel_for(out_width, 1 + 8192 / (width + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * width; i < end * width; i++) {
+      const float sum = planes[3 * plane + i], difference = planes[4 * plane + i];
+      weight[3 * i] = planes[plane + i] + 0.5f * (sum + difference);
+      weight[3 * i + 1] = planes[i];
+      weight[3 * i + 2] = planes[2 * plane + i] + 0.5f * (sum - difference);
+    }
+  });
+}
+
+// Adds the bias to `hidden` in place; `out` may be the same memory.
 void bias_gelu(float* hidden, const float* bias, float* out, int64_t rows, int64_t width) {
   parallel_for(rows, 1 + 4096 / (width + 1), [&](int64_t begin, int64_t end) {
     const int64_t whole = width / kLanes * kLanes, rest = width - whole;
@@ -173,11 +134,79 @@ void bias_gelu(float* hidden, const float* bias, float* out, int64_t rows, int64
   });
 }
 
-void gelu_gradient(const float* gradient, const float* hidden, float* out, int64_t count) {
-  parallel_for(count, 4096, [&](int64_t begin, int64_t end) {
-    const int64_t whole = begin + (end - begin) / kLanes * kLanes, rest = end - whole;
-    for (int64_t i = begin; i < whole; i += kLanes) store(out + i, load(gradient + i) * gelu_slope(load(hidden + i)));
-    if (rest) store_tail(out + whole, load_tail(gradient + whole, rest) * gelu_slope(load_tail(hidden + whole, rest)), rest);
+// Outputs of tiles `first` and following from their products, `[5, tiles, width]`: what each of the three has of its own, and what
+// they share. `before` and `out` are those of all outputs.
+void conv_join_tiles(const float* products, const int32_t* cu_seqlens, const float* bias, float* before, float* out, int64_t first,
+                     int64_t tiles, int64_t width) {
+  const int64_t plane = tiles * width, whole = width / kLanes * kLanes, rest = width - whole;
+  parallel_for(tiles, 1 + 2048 / (width + 1), [&](int64_t begin, int64_t end) {
+    for_tiles(cu_seqlens, first + begin, first + end, [&](int64_t output, int64_t count, int64_t tile) {
+      const float* from = products + (tile - first) * width;
+      for (int64_t j = 0; j < count; j++) {
+        float *keep = before + (output + j) * width, *to = out + (output + j) * width;
+        const vec sign = splat(j == 1 ? -1.0f : 1.0f);
+        for (int64_t i = 0; i < whole; i += kLanes) {
+          const vec shared = load(from + 3 * plane + i) + sign * load(from + 4 * plane + i);
+          const vec sum = load(from + j * plane + i) + shared + load(bias + i);
+          store(keep + i, sum);
+          store(to + i, gelu(sum));
+        }
+        if (!rest) continue;
+        const vec shared = load_tail(from + 3 * plane + whole, rest) + sign * load_tail(from + 4 * plane + whole, rest);
+        const vec sum = load_tail(from + j * plane + whole, rest) + shared + load_tail(bias + whole, rest);
+        store_tail(keep + whole, sum, rest);
+        store_tail(to + whole, gelu(sum), rest);
+      }
+    });
+  });
+}
+
+// The gradient before GELU, and its sum over rows. Threads share out the columns, and rows are summed in runs of 64, so that every
+// sum has one order and its error does not grow with the rows.
+void gelu_gradient(const float* gradient, const float* hidden, float* out, float* total, int64_t rows, int64_t width) {
+  constexpr int64_t kRun = 64;
+  parallel_for((width + kLanes - 1) / kLanes, 8, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kLanes, columns = (end * kLanes < width ? end * kLanes : width) - first;
+    const int64_t whole = columns / kLanes * kLanes, rest = columns - whole;
+    float* run = thread_scratch(columns + kLanes);
+    std::memset(total + first, 0, sizeof(float) * columns);
+    for (int64_t start = 0; start < rows; start += kRun) {
+      std::memset(run, 0, sizeof(float) * (columns + kLanes));
+      for (int64_t row = start; row < rows && row < start + kRun; row++) {
+        const int64_t at = row * width + first;
+        for (int64_t i = 0; i < whole; i += kLanes) {
+          const vec value = load(gradient + at + i) * gelu_slope(load(hidden + at + i));
+          store(out + at + i, value);
+          store(run + i, load(run + i) + value);
+        }
+        if (!rest) continue;
+        const vec value = load_tail(gradient + at + whole, rest) * gelu_slope(load_tail(hidden + at + whole, rest));
+        store_tail(out + at + whole, value, rest);
+        store(run + whole, load(run + whole) + value);
+      }
+      for (int64_t i = 0; i < columns; i++) total[first + i] += run[i];
+    }
+  });
+}
+
+// Gradients of tiles' outputs as their products take them, `[5, tiles, width]`: the three, all three added, and the middle one
+// subtracted from the others' sum. An output that a tile lacks has none.
+void conv_gradient_tiles(const float* hidden, const int32_t* cu_seqlens, float* planes, int64_t first, int64_t tiles,
+                         int64_t width) {
+  const int64_t plane = tiles * width;
+  parallel_for(tiles, 1 + 2048 / (width + 1), [&](int64_t begin, int64_t end) {
+    for_tiles(cu_seqlens, first + begin, first + end, [&](int64_t output, int64_t count, int64_t tile) {
+      const float* from = hidden + output * width;
+      float* to = planes + (tile - first) * width;
+      for (int64_t i = 0; i < width; i++) {
+        const float a = from[i], b = count > 1 ? from[width + i] : 0.0f, c = count > 2 ? from[2 * width + i] : 0.0f;
+        to[i] = a;
+        to[plane + i] = b;
+        to[2 * plane + i] = c;
+        to[3 * plane + i] = a + c + b;
+        to[4 * plane + i] = a + c - b;
+      }
+    });
   });
 }
 

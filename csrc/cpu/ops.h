@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "conv_source.h"
 
 #define STEP_DECLARE_OPS(isa)                                                                                                     \
   namespace isa {                                                                                                                 \
@@ -26,11 +27,17 @@
   void softmax_gradient(float* logits, const int64_t* labels, const float* lse, const float* first, const float* second,          \
                         const float* at_target, int64_t rows, int64_t width, int64_t start);                                      \
   void scale(float* values, const float* factor, int64_t count);                                                                  \
-  void conv_gather(const void* x, bool bfloat16, const int32_t* cu_seqlens, float* columns, int64_t first, int64_t rows,          \
-                   int64_t width);                                                                                                \
+  void conv_gather(const ConvSource& source, int64_t first, int64_t rows, float* columns);                                        \
+  void conv_gather_tiles(const ConvSource& source, int64_t first, int64_t tiles, float* planes);                                  \
   void conv_scatter(const float* columns, const int32_t* cu_seqlens, float* x, int64_t first, int64_t rows, int64_t width);       \
+  void conv_split_weight(const float* weight, float* planes, int64_t out_width, int64_t width);                                   \
+  void conv_join_weight(const float* planes, float* weight, int64_t out_width, int64_t width);                                    \
   void bias_gelu(float* hidden, const float* bias, float* out, int64_t rows, int64_t width);                                      \
-  void gelu_gradient(const float* gradient, const float* hidden, float* out, int64_t count);                                      \
+  void conv_join_tiles(const float* products, const int32_t* cu_seqlens, const float* bias, float* before, float* out,            \
+                       int64_t first, int64_t tiles, int64_t width);                                                              \
+  void gelu_gradient(const float* gradient, const float* hidden, float* out, float* total, int64_t rows, int64_t width);          \
+  void conv_gradient_tiles(const float* hidden, const int32_t* cu_seqlens, float* planes, int64_t first, int64_t tiles,           \
+                           int64_t width);                                                                                        \
   }
 
 namespace step {

@@ -6,8 +6,8 @@ for `o` in `0 .. (length - 1) // 2` of each segment: Conv1d(kernel 3, stride 2, 
 segment reads zero, whatever lies next door in the pack; an empty segment gives nothing. All three inputs get gradients.
 
 The three frames of every output side by side (im2col) would take 1.5 times the input's memory, and be kept for backward: here
-they exist for a block of outputs at a time (C++) or not at all (Triton, whose products read rows of x by their numbers). What is
-kept for backward is x and the values before GELU.
+they exist for a block of outputs at a time (C++, see conv_products.py) or not at all (Triton, whose products read rows of x by
+their numbers). What is kept for backward is x and the values before GELU.
 
 Source: Step-Audio 2 adaptor (`conv`, then GELU); GELU is the exact one (erf).
 """
@@ -15,14 +15,14 @@ Source: Step-Audio 2 adaptor (`conv`, then GELU); GELU is the exact one (erf).
 import torch
 from torch.nn.functional import conv1d, gelu, linear, pad
 
-from step_kernels import native, registry
+from step_kernels import conv_products, native, registry
 from step_kernels.gathered_matmul import gathered_matmul, gathered_weight_gradient
 
 OP = "conv_downsample_gelu"
 registry.register(OP, triton=registry.HALF, cpp=(torch.float32,))
 
-# Outputs whose inputs are gathered at once: with fewer the matrix product spends its time packing the weight again and again.
-_BLOCK_ROWS = 2048
+# Outputs whose gradients go back to their frames at once.
+_SCATTER_ROWS = 2048
 
 
 def conv_downsample_gelu_reference(
@@ -77,9 +77,7 @@ def _op(
     out = weight.new_empty(rows, weight.shape[0])
     before = torch.empty_like(out) if keep else out
     if chosen == "cpp":
-        for part, columns in _blocks(x, cu_seqlens, rows, weight):
-            torch.mm(columns, weight.view(len(weight), -1).t(), out=before[part])
-            native.ops().bias_gelu(before[part], bias, out[part])
+        conv_products.convolve(conv_products.stored(x, cu_seqlens, rows), weight, bias, before, out)
     elif chosen == "triton":
         taps = (downsample_taps(cu_seqlens, rows) - 1).int()
         gathered_matmul(x, taps, weight.permute(2, 1, 0).contiguous(), out, bias, before if keep else None)
@@ -108,9 +106,11 @@ def _backward(
     frames, dtype, rows = x.shape[0], x.dtype, len(gradient)
     x, weight, gradient, chosen = _prepare(x, weight, gradient)
     if chosen == "cpp":
-        native.ops().gelu_gradient(gradient, before, hidden := torch.empty_like(gradient))
+        hidden, grad_bias = torch.empty_like(gradient), gradient.new_empty(len(weight))
+        native.ops().gelu_gradient(gradient, before, hidden, grad_bias)
     else:
         hidden = torch.ops.aten.gelu_backward(gradient, before)
+        grad_bias = hidden.sum(0)
     grad_x = weight.new_zeros(x.shape if x_wanted else 0)
     grad_weight = weight.new_empty(weight.shape if weight_wanted else 0)
     if chosen == "triton":
@@ -120,7 +120,7 @@ def _backward(
             gathered_weight_gradient(hidden, x, (downsample_taps(cu_seqlens, rows) - 1).int(), grad_weight)
     else:
         _add_gradients(chosen, hidden, x, cu_seqlens, weight, grad_x, grad_weight)
-    return grad_x.to(dtype), grad_weight, hidden.sum(0)
+    return grad_x.to(dtype), grad_weight, grad_bias
 
 
 @_backward.register_fake
@@ -165,34 +165,15 @@ def _prepare(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> tupl
     return x.contiguous(), weight.contiguous(), other.contiguous(), chosen
 
 
-def _block_rows(rows: int) -> int:
-    """Outputs of a block, for blocks of nearly equal size: a small last one would cost nearly as much as a whole one."""
-    return max(1, -(-rows // max(1, -(-rows // _BLOCK_ROWS))))
-
-
-def _blocks(x: torch.Tensor, cu_seqlens: torch.Tensor, rows: int, weight: torch.Tensor):
-    """Blocks of outputs, as slices, each with the frames it reads in the weight's order, `[block, in_width * 3]`; one buffer."""
-    size = _block_rows(rows)
-    buffer = weight.new_empty(size, 3 * x.shape[1])
-    for begin in range(0, rows, size):
-        part = slice(begin, min(begin + size, rows))
-        columns = buffer[: part.stop - begin]
-        native.ops().conv_gather(x, cu_seqlens, begin, columns)
-        yield part, columns
-
-
 def _add_gradients(chosen: str, hidden, x, cu_seqlens, weight, grad_x, grad_weight) -> None:
     """Gradients of x and weight, where they are wanted (not empty), from those of the values before GELU."""
     rows, channels = len(hidden), x.shape[1]
     flat, flat_gradient = weight.view(len(weight), 3 * channels), grad_weight.view(-1, 3 * channels)
     if chosen == "cpp":
-        if not rows:
-            grad_weight.zero_()
-        for part, columns in _blocks(x, cu_seqlens, rows, weight) if grad_weight.numel() else ():
-            flat_gradient.addmm_(hidden[part].t(), columns, beta=0 if part.start == 0 else 1)
-        size = _block_rows(rows)
-        for begin in range(0, rows, size) if grad_x.numel() else ():
-            native.ops().conv_scatter(hidden[begin : begin + size] @ flat, cu_seqlens, begin, grad_x)
+        if grad_weight.numel():
+            conv_products.weight_gradient(conv_products.stored(x, cu_seqlens, rows), hidden, grad_weight)
+        for first in range(0, rows, _SCATTER_ROWS) if grad_x.numel() else ():
+            native.ops().conv_scatter(hidden[first : first + _SCATTER_ROWS] @ flat, cu_seqlens, first, grad_x)
         return
     if grad_weight.numel():
         torch.mm(hidden.t(), _columns(x, cu_seqlens, rows), out=flat_gradient)

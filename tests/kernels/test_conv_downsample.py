@@ -1,10 +1,13 @@
 """conv_downsample_gelu: equals its definition for any packing, by every backend; neighbours never leak; gradients."""
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_kernels import conv_downsample_gelu
+from step_kernels import conv_downsample_gelu, conv_products
 from step_kernels.conv_downsample import _op, conv_downsample_gelu_reference, downsample_taps, upsample_taps
 from step_kernels.segments import cumulative
 from support.kernel_checks import assert_as_good_as_plain, backends_here, forced
@@ -76,10 +79,50 @@ def test_half_precision_equals_conv1d_per_segment(backend, dtype, lengths, width
     check(backend, dtype, lengths, width, out)
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
-def test_blocks_of_outputs_join_without_a_seam(backend, monkeypatch):
-    monkeypatch.setitem(conv_downsample_gelu.__globals__, "_BLOCK_ROWS", 3)
-    check(backend, torch.float32, [5, 1, 12, 0, 7], 12, 7)
+def by_tiles():
+    """The C++ backend by tiles, which otherwise pay for many rows only."""
+    return mock.patch.multiple(conv_products, _FORWARD_ROWS=-(10**6), _GRADIENT_ROWS=-(10**6))
+
+
+@settings(max_examples=30)
+@given(lengths=lengths, width=st.sampled_from([1, 12, 40]), out=st.sampled_from([1, 7, 64]))
+def test_tiles_of_three_outputs_equal_conv1d_too(lengths, width, out):
+    with by_tiles():
+        check("cpp", torch.float32, lengths, width, out)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_blocks_of_outputs_join_without_a_seam(tiles, monkeypatch):
+    for name in ("_BLOCK_ROWS", "_BLOCK_TILES"):
+        monkeypatch.setattr(conv_products, name, 2)
+    monkeypatch.setitem(conv_downsample_gelu.__globals__, "_SCATTER_ROWS", 3)
+    with by_tiles() if tiles else contextlib.nullcontext():
+        check("cpp", torch.float32, [5, 1, 12, 0, 7, 19], 12, 7)
+
+
+def test_many_rows_go_by_tiles_and_few_do_not(monkeypatch):
+    counts = []
+    monkeypatch.setattr(conv_products, "_convolve_tiles", lambda source, tiles, *rest: counts.append(tiles))
+    for every in ([2000, 1999], [1] * 2000, [300]):
+        x, weight, bias = inputs(every, 1, 1)
+        with forced("cpp"):
+            conv_downsample_gelu(x, cumulative(every), weight, bias, conv_rows(every))
+    assert counts == [334 + 334]
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_bits_depend_neither_on_neighbours_nor_on_threads(tiles):
+    lengths, results = [41, 700, 6], []
+    x, weight, bias = inputs(lengths, 64, 96)
+    for threads, before, after in ((1, 1.0, 1.0), (2, 1.0, 1.0), (1, 1e4, -1e4)):
+        other = x.clone()
+        other[:41] *= before
+        other[741:] *= after
+        torch.set_num_threads(threads)
+        with forced("cpp"), by_tiles() if tiles else contextlib.nullcontext():
+            results.append(conv_downsample_gelu(other, cumulative(lengths), weight, bias, conv_rows(lengths))[21:371])
+    torch.set_num_threads(1)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_gelu_is_exact_far_out_too():
