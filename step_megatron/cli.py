@@ -14,6 +14,8 @@ from pathlib import Path
 
 from step_megatron.errors import UserError
 
+# Modules of `step_megatron.benchmarks`.
+BENCHED_PARTS = ("front-end", "encoder", "train-step", "generate", "shares")
 # The ops of `step_kernels.bench.OPS`, which is not imported for a list of commands: it brings torch.
 BENCHED_OPS = (
     "pool-norm-downsample",
@@ -151,13 +153,15 @@ def _add_chat(commands) -> None:
 
 def _add_bench(commands) -> None:
     parser = _command(commands, "bench", _bench, "time a part or an op against its peers, side by side in one run")
-    parser.add_argument("name", nargs="?", choices=("front-end", "encoder", "train-step", *BENCHED_OPS))
+    parser.add_argument("name", nargs="?", choices=(*BENCHED_PARTS, *BENCHED_OPS))
     parser.add_argument("--inspect", action="store_true", help="compile every GPU kernel and hold it against its budget")
     parser.add_argument("--arch", action="append", help="with --inspect: sm_90a (default), sm_80, sm_100; may be repeated")
     parser.add_argument("--data", type=Path, default=_default_data())
     parser.add_argument("--repeats", type=int, help="rounds (default: 5, of an op 15)")
     parser.add_argument("--clips", type=int, help="clips in the sample")
+    parser.add_argument("--preset", default="tiny", help="of shares: the model whose step is divided over its parts")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of an op's CSV and plot")
+    parser.add_argument("--choose", action="store_true", help="of attention: use the fastest backend on this device from now on")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
 
 
@@ -258,11 +262,15 @@ def _bench(options) -> int | None:
         return run(options.arch or ARCHITECTURES[:1], options.json)
     if options.name is None:
         raise UserError("bench: say what to time (see --help), or --inspect")
-    if options.name in BENCHED_OPS:
+    if options.choose:
+        from step_kernels.bench import choose
+
+        result = choose(options.name, options.repeats or 15)
+    elif options.name in BENCHED_OPS:
         from step_kernels.bench import run
 
         result = run(options.name, options.repeats or 15, options.out)
-    elif importlib.util.find_spec("transformers") is None:
+    elif options.name != "shares" and importlib.util.find_spec("transformers") is None:
         raise ImportError(
             f"bench {options.name} compares with transformers, which is not installed; run: pip install 'step-megatron[dev]' "
             "(in a checkout: pip install -e '.[dev]')"

@@ -1,9 +1,10 @@
 """Clips a second through the audio encoder: packed, beside transformers' `Qwen2AudioEncoder` with the same weights.
 
 The peer runs twice: as its processor feeds it (every clip padded to 30 s), and at its best (sorted by length, in batches cropped
-to their longest clip, masked; its code refuses that, so its position table is cut to the batch). Clips are real recordings where
-the data are there, else synthetic features of the same lengths; the weights are whisper-base where they are there. Runs alternate
-between the three, so that what else the machine does hits all of them alike; a ratio is formed within each round.
+to their longest clip, masked; its code refuses that, so its position table is cut to the batch). Ours runs once more with every
+op of `step_kernels` in plain torch, which says what the kernels are worth. Clips are real recordings where the data are there,
+else synthetic features of the same lengths; the weights are whisper-base where they are there. Runs alternate between all, so
+that what else the machine does hits them alike; a ratio is formed within each round.
 """
 
 import random
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from step_kernels.bench.contestants import by
 from torch import nn
 
 from step_megatron.audio.front_end import DecodedClip, LogMelFrontEnd, split_chunks
@@ -38,19 +40,22 @@ def run(options: Namespace) -> dict:
 
     Returns:
         `{"name", "ratio", "low", "high", "limit", ...}`: clips a second over the padded peer's (median, lowest and highest round;
-        `limit` is the ratio of counted FLOPs), the same over the cropped peer, and audio-seconds a second of all three.
+        `limit` is the ratio of counted FLOPs), the same over the cropped peer and over ours in plain torch (`ratio_torch`), and
+        audio-seconds a second of all.
 
     Raises:
-        RuntimeError: if the peer's features are not ours (then the comparison is worth nothing).
+        RuntimeError: if another contestant's features are not ours (then the comparison is worth nothing).
     """
     log_mels, source = _log_mels(Path(options.data), options.clips or _CLIPS)
     encoder = _encoder(Path(options.data))
     peer = Peer(encoder)
     # Also warms every contestant up.
-    difference = max(_largest_difference(encoder, work, log_mels) for work in (peer.padded, peer.cropped))
+    plain = by("torch", encoder.encode)
+    difference = max(_largest_difference(encoder, work, log_mels) for work in (peer.padded, peer.cropped, plain))
     subset = log_mels[::_PADDED_STRIDE]
     contestants: dict[str, tuple[Callable, Sequence[torch.Tensor]]] = {
         "ours": (encoder.encode, log_mels),
+        "plain torch ops": (plain, log_mels),
         "padded": (peer.padded, subset),
         "cropped": (peer.cropped, log_mels),
     }
@@ -58,16 +63,18 @@ def run(options: Namespace) -> dict:
     positions = [(log_mel.shape[1] - 1) // 2 for log_mel in log_mels]
     limit = encoder_work(encoder.config, [1500] * len(positions)).forward / encoder_work(encoder.config, positions).forward
     seconds = sum(positions) / 50 / len(positions)
-    over_padded = [each["ours"] / each["padded"] for each in rounds]
-    over_cropped = [each["ours"] / each["cropped"] for each in rounds]
+    over_padded, over_cropped, over_torch = (
+        [each["ours"] / each[name] for each in rounds] for name in ("padded", "cropped", "plain torch ops")
+    )
     print(
         f"{len(log_mels)} {source} clips of {seconds:.2f} s on average, {torch.get_num_threads()} threads, weights: "
         f"{Path(encoder.config.weights).name}; audio-seconds a second, median of {len(rounds)} (lowest-highest)"
     )
     for name in contestants:
-        print(f"  {name:8} {_spread([each[name] * seconds for each in rounds])}")
+        print(f"  {name:15} {_spread([each[name] * seconds for each in rounds])}")
     print(f"  ours / padded  {_spread(over_padded)}, ratio of counted FLOPs {limit:.1f}")
     print(f"  ours / cropped {_spread(over_cropped)}; largest difference of a feature {difference:.1e}")
+    print(f"  ours / plain torch ops {_spread(over_torch)}: by so much the kernels make the whole encoder faster")
     return {
         "name": "encoder",
         "ratio": statistics.median(over_padded),
@@ -77,6 +84,9 @@ def run(options: Namespace) -> dict:
         "ratio_cropped": statistics.median(over_cropped),
         "low_cropped": min(over_cropped),
         "high_cropped": max(over_cropped),
+        "ratio_torch": statistics.median(over_torch),
+        "low_torch": min(over_torch),
+        "high_torch": max(over_torch),
         "audio_seconds_per_second": {name: statistics.median(each[name] for each in rounds) * seconds for name in contestants},
         "clips": len(log_mels),
         "audio_seconds": seconds * len(log_mels),
@@ -143,7 +153,7 @@ def _largest_difference(encoder: AudioEncoder, work: Callable, log_mels: Sequenc
     difference = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
     largest = max(float(ours.abs().max()) for ours, _ in pairs)
     if difference > 1e-3 * largest:
-        raise RuntimeError(f"the peer computes something else: features of up to {largest:.2f} differ by {difference:.1e}")
+        raise RuntimeError(f"a contestant computes something else: features of up to {largest:.2f} differ by {difference:.1e}")
     return difference
 
 

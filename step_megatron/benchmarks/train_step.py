@@ -6,6 +6,7 @@ clips (as log-mel features), questions and replies, and make one AdamW update a 
     ours         packed, as it trains: the `step` adaptor, 12.5 audio tokens a second, nothing cached
     equal tokens the same with Qwen2-Audio's projector, 25 audio tokens a second as the peer has; its loss must be the peer's
     cached       ours with the clips' features at hand, as in a second epoch
+    plain torch  ours with every op of `step_kernels` in plain torch, which says what the kernels are worth; cached likewise
     padded       the peer as its processor feeds it: clips padded to 30 s, texts to the longest of the batch
     cropped      the peer at its best: sorted by length, clips padded to the longest of the batch (its encoder refuses that, so
                  its position table is cut to the batch)
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from step_kernels.bench.contestants import by
 from step_kernels.packing import first_fit_decreasing
 
 from step_megatron.audio.cache import EncodedClip
@@ -33,7 +35,7 @@ from step_megatron.data.template import AudioSpan, TokenizedSample
 from step_megatron.model.encoder import AudioEncoder, build_encoder
 from step_megatron.runtime.device import Runtime, initialize, shutdown
 from step_megatron.runtime.flops import DecoderShape, adaptor_work, decoder_work, encoder_work
-from step_megatron.training.batch import to_device
+from step_megatron.training.batch import TrainingBatch, to_device
 from step_megatron.training.loop import run_schedule
 from step_megatron.training.state import build_state
 
@@ -43,7 +45,7 @@ _AUDIO_ID = 1
 _SOURCE = "clips"
 # The padded peer takes about the same time for every sample, so it gets every fourth one.
 _PADDED_STRIDE = 4
-_OVERRIDES = (
+OVERRIDES = (
     "run={device: cpu, seed: 1}",
     "model.preset=tiny",
     "encoder.weights=random",
@@ -60,13 +62,14 @@ def run(options: Namespace) -> dict:
 
     Returns:
         `{"name", "ratio", "low", "high", "limit", ...}`: samples a second of ours over the padded peer's (median, lowest and
-        highest round; `limit` is the ratio of counted FLOPs), the same for the other pairs, and the audio tokens on both sides.
+        highest round; `limit` is the ratio of counted FLOPs), the same for the other pairs (what the kernels are worth is in
+        `ratio_torch` and `ratio_cached_torch`), and the audio tokens on both sides.
 
     Raises:
-        RuntimeError: the peer's loss is not ours on the same weights (then the comparison is worth nothing).
+        RuntimeError: another contestant's loss is not ours on the same weights (then the comparison is worth nothing).
     """
     samples = make_samples(options.clips or _SAMPLES)
-    config = load_config(None, list(_OVERRIDES))
+    config = load_config(None, list(OVERRIDES))
     runtime = initialize(config)
     try:
         encoder = build_encoder(config.encoder, seed=config.run.seed)
@@ -74,12 +77,14 @@ def run(options: Namespace) -> dict:
         linear = dataclasses.replace(config, adaptor=dataclasses.replace(config.adaptor, kind="linear"))
         equal = Ours(linear, encoder, samples, runtime)
         peer = Peer(linear, equal.model, encoder, _AUDIO_ID)
-        _check(equal, peer, samples)
+        _check(equal, peer, ours, samples)
         subset = samples[::_PADDED_STRIDE]
         contestants: dict[str, tuple[Callable[[], object], int]] = {
             "ours": (ours.train, len(samples)),
             "equal tokens": (equal.train, len(samples)),
             "cached": (ours.train_cached, len(samples)),
+            "plain torch": (by("torch", ours.train), len(samples)),
+            "plain torch, cached": (by("torch", ours.train_cached), len(samples)),
             "padded": (lambda: peer.padded(subset), len(subset)),
             "cropped": (lambda: peer.cropped(samples), len(samples)),
         }
@@ -105,13 +110,13 @@ def make_samples(count: int) -> list[Sample]:
 
 
 class Ours:
-    """Our training step over the samples, packed once (the loader packs ahead of the step)."""
+    """Our training step over the samples, packed once into micro-batches of `tokens` (the loader packs ahead of the step)."""
 
-    def __init__(self, config: Config, encoder: AudioEncoder, samples: Sequence[Sample], runtime: Runtime):
+    def __init__(self, config: Config, encoder: AudioEncoder, samples: Sequence[Sample], runtime: Runtime, tokens: int = _TOKENS):
         self.config, self.encoder, self.samples, self.runtime = config, encoder, samples, runtime
         self.state = build_state(config)
         self.model = self.state.model[0].module
-        self.micro_batches = pack(samples, config)
+        self.micro_batches = pack(samples, config, tokens)
         self.clips = self._encode()
 
     @property
@@ -126,6 +131,10 @@ class Ours:
     def train_cached(self) -> float:
         """One update with the clips' features at hand."""
         return self._update(self.clips)
+
+    def loss(self) -> float:
+        """Mean loss of a trained token, encoder included, with no update."""
+        return self._loss(self._batches(self._encode()), forward_only=True)
 
     def work(self) -> int:
         """Counted operations of `train`."""
@@ -143,19 +152,26 @@ class Ours:
         return {str(i): EncodedClip(each.to(torch.bfloat16), (len(each),)) for i, each in enumerate(features)}
 
     def _update(self, clips: dict[str, EncodedClip]) -> float:
-        batches = [to_device(b, clips, (_SOURCE,), self.config.encoder.width, self.runtime) for b in self.micro_batches]
-        state = self.state
+        batches, state = self._batches(clips), self.state
         for chunk in state.model:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
-        loss, tokens = sum(report["sums"][0] for report in run_schedule(state.model, batches, 1)).tolist()
+        loss = self._loss(batches)
         state.scheduler.step(1)
         state.optimizer.step()
+        return loss
+
+    def _batches(self, clips: dict[str, EncodedClip]) -> list[TrainingBatch]:
+        return [to_device(b, clips, (_SOURCE,), self.config.encoder.width, self.runtime) for b in self.micro_batches]
+
+    def _loss(self, batches: list[TrainingBatch], forward_only: bool = False) -> float:
+        reports = run_schedule(self.state.model, batches, 1, forward_only)
+        loss, tokens = sum(report["sums"][0] for report in reports).tolist()
         return loss / tokens
 
 
-def pack(samples: Sequence[Sample], config: Config) -> list[MicroBatch]:
-    """The samples as the loader would pack them; sample i's clip has the address `str(i)`."""
+def pack(samples: Sequence[Sample], config: Config, tokens: int = _TOKENS) -> list[MicroBatch]:
+    """The samples as the loader would pack them, `tokens` a micro-batch; sample i's clip has the address `str(i)`."""
     frames = {str(i): [chunk_frames(sample.frames * HOP_SAMPLES, config.adaptor.kind)] for i, sample in enumerate(samples)}
     rendered = []
     for i, sample in enumerate(samples):
@@ -164,15 +180,16 @@ def pack(samples: Sequence[Sample], config: Config) -> list[MicroBatch]:
         mask = [0] * (len(ids) - len(sample.reply)) + [1] * len(sample.reply)
         spans = (AudioSpan(str(i), 0, 0, audio),)
         rendered.append(TokenizedSample(str(i), _SOURCE, np.array(ids, np.int32), np.array(mask, np.uint8), spans))
-    bins = first_fit_decreasing([len(each.input_ids) for each in rendered], _TOKENS)
+    bins = first_fit_decreasing([len(each.input_ids) for each in rendered], tokens)
     return [assemble([rendered[i] for i in items], [_SOURCE] * len(items), frames.__getitem__, Padding(), 0) for items in bins]
 
 
-def _check(equal: Ours, peer: Peer, samples: Sequence[Sample]) -> None:
+def _check(equal: Ours, peer: Peer, ours: Ours, samples: Sequence[Sample]) -> None:
     """The first update's losses, on the same weights: ours has bfloat16 features, the peer's are float32."""
-    ours, theirs = equal.train(), peer.cropped(samples)
-    if abs(ours / theirs - 1) > 1e-3:
-        raise RuntimeError(f"the peer computes something else: on the same weights its loss is {theirs:.5f}, ours {ours:.5f}")
+    pairs = {"the peer": (equal.train(), peer.cropped(samples)), "plain torch": (ours.loss(), by("torch", ours.loss)())}
+    for name, (loss, theirs) in pairs.items():
+        if abs(loss / theirs - 1) > 1e-3:
+            raise RuntimeError(f"{name} computes something else: on the same weights its loss is {theirs:.5f}, ours {loss:.5f}")
 
 
 def _padded_work(config: Config, samples: Sequence[Sample]) -> int:
@@ -199,10 +216,11 @@ def _report(rounds: list[dict[str, float]], samples: Sequence[Sample], ours: Our
         f"the peer (25 Hz), {torch.get_num_threads()} threads; samples a second, median of {len(rounds)} (lowest-highest)"
     )
     for name in rounds[0]:
-        print(f"  {name:13} {_spread([each[name] for each in rounds])}")
+        print(f"  {name:19} {_spread([each[name] for each in rounds])}")
     result = {"name": "train-step", "limit": limit}
     pairs = {"": ("ours", "padded"), "_cropped": ("ours", "cropped"), "_equal_tokens": ("equal tokens", "padded")}
     pairs |= {"_equal_tokens_cropped": ("equal tokens", "cropped"), "_cached": ("cached", "padded")}
+    pairs |= {"_torch": ("ours", "plain torch"), "_cached_torch": ("cached", "plain torch, cached")}
     for suffix, (first, second) in pairs.items():
         ratios = [each[first] / each[second] for each in rounds]
         print(f"  {first} / {second}: {_spread(ratios)}")

@@ -102,18 +102,12 @@ def _batches(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
     return [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
 
 
-def _build(config: Config, audio_id: int) -> nn.Module:
-    from transformers import Qwen2AudioConfig, Qwen2AudioEncoderConfig, Qwen2AudioForConditionalGeneration, Qwen2Config
+def text_config(config: Config):
+    """transformers' `Qwen2Config` of the decoder."""
+    from transformers import Qwen2Config
 
-    encoder, settings = config.encoder, config.megatron.transformer
-    audio = Qwen2AudioEncoderConfig(
-        num_mel_bins=encoder.mels,
-        d_model=encoder.width,
-        encoder_layers=encoder.layers,
-        encoder_attention_heads=encoder.heads,
-        encoder_ffn_dim=encoder.ffn_width,
-    )
-    text = Qwen2Config(
+    settings = config.megatron.transformer
+    return Qwen2Config(
         vocab_size=config.model.vocabulary_size,
         hidden_size=settings["hidden_size"],
         intermediate_size=settings["ffn_hidden_size"],
@@ -125,6 +119,25 @@ def _build(config: Config, audio_id: int) -> nn.Module:
         rope_parameters={"rope_type": "default", "rope_theta": config.model.rotary_base},
         tie_word_embeddings=False,
     )
+
+
+def decoder_weights(model: AudioLanguageModel) -> dict[str, torch.Tensor]:
+    """Weights of the decoder, in one process, by the names of transformers' `Qwen2ForCausalLM`."""
+    return huggingface.to_huggingface(huggingface.gather([model.language_model]), model.config, tied=False)
+
+
+def _build(config: Config, audio_id: int) -> nn.Module:
+    from transformers import Qwen2AudioConfig, Qwen2AudioEncoderConfig, Qwen2AudioForConditionalGeneration
+
+    encoder = config.encoder
+    audio = Qwen2AudioEncoderConfig(
+        num_mel_bins=encoder.mels,
+        d_model=encoder.width,
+        encoder_layers=encoder.layers,
+        encoder_attention_heads=encoder.heads,
+        encoder_ffn_dim=encoder.ffn_width,
+    )
+    text = text_config(config)
     whole = Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=audio_id, attn_implementation="sdpa")
     return Qwen2AudioForConditionalGeneration(whole).train()
 
@@ -134,7 +147,7 @@ def _copy_weights(peer: nn.Module, model: AudioLanguageModel, encoder: AudioEnco
     tower = peer.model.audio_tower
     names = {name: next(iter(from_huggingface({name: tensor}))) for name, tensor in tower.state_dict().items()}
     tower.load_state_dict({theirs: released[ours] for theirs, ours in names.items()})
-    decoder = huggingface.to_huggingface(huggingface.gather([model.language_model]), model.config, tied=False)
+    decoder = decoder_weights(model)
     peer.lm_head.weight.data.copy_(decoder.pop("lm_head.weight"))
     peer.model.language_model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in decoder.items()})
     peer.model.multi_modal_projector.linear.load_state_dict(model.adaptor.linear.state_dict())

@@ -12,7 +12,7 @@ from step_megatron.runtime.device import initialize, shutdown
 
 def test_losses_of_three_updates_are_those_of_transformers():
     small = ["run.threads=1", "encoder={mels: 80, width: 64, layers: 2, heads: 2, ffn_width: 128}", "adaptor.kind=linear"]
-    config = load_config(None, [*train_step._OVERRIDES, *small, "megatron.optimizer={lr: 1e-3, min_lr: 1e-3}"])
+    config = load_config(None, [*train_step.OVERRIDES, *small, "megatron.optimizer={lr: 1e-3, min_lr: 1e-3}"])
     samples = train_step.make_samples(10)
     runtime = initialize(config)
     try:
@@ -34,6 +34,8 @@ def test_losses_of_three_updates_are_those_of_transformers():
 def test_the_benchmark_checks_its_peer_and_times_all_contestants(capsys):
     result = train_step.run(Namespace(data=None, repeats=1, clips=5))
     assert result["name"] == "train-step" and result["low"] <= result["ratio"] <= result["high"]
-    assert set(result["samples_per_second"]) == {"ours", "equal tokens", "cached", "padded", "cropped"}
+    contestants = {"ours", "equal tokens", "cached", "plain torch", "plain torch, cached", "padded", "cropped"}
+    assert set(result["samples_per_second"]) == contestants
+    assert result["low_torch"] <= result["ratio_torch"] <= result["high_torch"] and result["ratio_cached_torch"] > 0
     assert result["audio_tokens"]["ours"] < result["audio_tokens"]["peer"]
     assert "audio tokens in ours" in capsys.readouterr().out

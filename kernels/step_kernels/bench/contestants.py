@@ -26,13 +26,29 @@ def forced(backend: str) -> Iterator[None]:
 
 
 def ours(op: str, work: Work, device: torch.device) -> list[Contestant]:
-    """A contestant for every backend of an op that runs on `device`, the preferred one first; torch is the eager one's."""
-    backends = registry.backends_of(op, device)
+    """A contestant for every backend of our own that runs on `device`, the preferred one first; torch is the eager one's."""
+    backends = {name: why for name, why in registry.backends_of(op, device).items() if name not in registry.LIBRARIES}
     live = [name for name, reason in backends.items() if not reason and name != "torch"]
     if not live:
         why = "; ".join(reason for reason in backends.values() if reason) or "no backend but torch is written"
         return [Contestant("ours", _absent(f"{op}: {why}"))]
-    return [Contestant(f"ours ({name})", lambda name=name: _by(name, work)) for name in live]
+    return [Contestant(f"ours ({name})", lambda name=name: by(name, work)) for name in live]
+
+
+def backend(title: str, op: str, name: str, work: Work, device: torch.device) -> Contestant:
+    """One backend of an op by its name; absent where it cannot run, or refuses the work."""
+
+    def prepare() -> Work:
+        if reason := registry.backends_of(op, device)[name]:
+            raise Absent(reason)
+        run = by(name, work)
+        try:
+            run()
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise Absent(f"fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        return run
+
+    return Contestant(title, prepare)
 
 
 def eager(work: Work, limit: float | None, **more) -> Contestant:
@@ -90,10 +106,12 @@ def forward_backward(function: Work, leaves: Sequence[torch.Tensor], output_grad
     return work
 
 
-def _by(name: str, work: Work) -> Work:
-    def run():
-        with forced(name):
-            return work()
+def by(backend: str, work: Callable) -> Callable:
+    """The same work with every op by one backend; it is asked for at every call of an op, so nothing is chosen beforehand."""
+
+    def run(*arguments):
+        with forced(backend):
+            return work(*arguments)
 
     return run
 
