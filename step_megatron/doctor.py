@@ -57,7 +57,8 @@ def main(as_json: bool = False) -> int:
     checks = report()
     healthy = all(check.status != "missing" for check in checks)
     if as_json:
-        print(json.dumps({"ok": healthy, "checks": [dataclasses.asdict(check) for check in checks]}, indent=2))
+        told = {"ok": healthy, "checks": [dataclasses.asdict(check) for check in checks], "kernels": _backends_of_ops()}
+        print(json.dumps(told, indent=2))
         return 0 if healthy else 1
     width = max(len(check.name) for check in checks)
     for check in checks:
@@ -213,18 +214,45 @@ def _compiler() -> Answer:
 
 def _kernels() -> Answer:
     import torch
-    from step_kernels import backends_of, native, registered
+    from step_kernels import native, registry
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     library = native.describe()
     if not library["loaded"]:
         return "missing", str(library["reason"]), "pip install --no-build-isolation -e . with a C++ compiler"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        told = registry.decisions(device)
+    except ValueError as error:
+        return "missing", str(error), "delete that file, or measure again"
+    if broken := [each for each in told if not each["backend"]]:
+        return "missing", broken[0]["why"], f"install what it names, or change {registry.VARIABLE}"
     used: dict[str, list[str]] = {}
-    for op in registered():
-        live = next(name for name, reason in backends_of(op, device).items() if not reason)
-        used.setdefault(live, []).append(op)
-    detail = "; ".join(f"{name}: {', '.join(ops)}" for name, ops in used.items())
+    for each in told:
+        sizes = "" if each["width"] is None else f" ({each['dtype']}, {each['width']})"
+        used.setdefault(f"{each['backend']}, {each['why']}", []).append(each["op"] + sizes)
+    detail = "; ".join(f"{', '.join(ops)} by {how}" for how, ops in used.items())
     return "ok", f"on {device} ({library['cpu']}, CUDA kernels {'built' if library['cuda'] else 'not built'}): {detail}", ""
+
+
+def _backends_of_ops() -> list[dict]:
+    """Every op with the backend that runs it here and why; none where that cannot be found out, which a check says."""
+    try:
+        import torch
+        from step_kernels import registry
+
+        return registry.decisions("cuda" if torch.cuda.is_available() else "cpu")
+    except (ImportError, ValueError):
+        return []
+
+
+def _host_module() -> Answer:
+    from step_kernels import packing
+
+    try:
+        packing.balance([1], 1)
+    except RuntimeError as error:
+        return "missing", str(error), "pip install --no-build-isolation -e . with a C++ compiler and pybind11"
+    return "ok", "built: packing and balancing of batches", ""
 
 
 def _package(distribution: str, module: str, what: str) -> Callable[[], Answer]:
@@ -296,6 +324,7 @@ _CHECKS: dict[str, Callable[[], Answer]] = {
     "nvcc": _nvcc,
     "C++ compiler": _compiler,
     "step_kernels": _kernels,
+    "step_kernels._host": _host_module,
     "DALI": _package("nvidia-dali-cuda130", "nvidia.dali", "audio cannot be decoded"),
     "soundfile": _package("soundfile", "soundfile", "mp3 cannot be read, nor corpora prepared"),
     "PyAV": _package("av", "av", "containers that soundfile does not know cannot be read"),

@@ -156,4 +156,6 @@ def _checked(choice: Choice) -> Choice:
         for name in names:
             if not isinstance(getattr(choice, name), kind):
                 raise ValueError(f"{name} is {getattr(choice, name)!r}")
+    if not isinstance(getattr(torch, choice.dtype, None), torch.dtype):
+        raise ValueError(f"dtype is {choice.dtype!r}")
     return choice

@@ -177,18 +177,29 @@ def _runs(query, key, value, lengths, valid):
         yield q, k[:, :, :keys], v[:, :, :keys], torch.ones(length, keys, dtype=torch.bool, device=query.device).triu(1)
 
 
+def describe(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
+    """What computes an op for tensors of this kind, for whoever keeps the results: backend, of a library its release too."""
+    backend, _ = registry.decide(name, device, dtype, dim, _unfit(dim))
+    return f"{backend} {attention_libraries.version(backend)}" if backend in registry.LIBRARIES else backend
+
+
 def _choose(
     name: str, device: torch.device, dtype: torch.dtype, dim: int, tokens: bool, wants_lse: bool, wants_gradient: bool
 ) -> str:
-    """The backend of a call of these sizes (`tokens`: there are some)."""
-    unfit = attention_libraries.unfit(dim, tokens, wants_lse, wants_gradient)
-    fits = {"cpp": dim % 16 == 0 and 0 < dim <= 256, "triton": dim in packed_attention_triton.DIMS}
-    unfit |= {backend: f"a head dimension of {dim}" for backend, fit in fits.items() if not fit}
-    return registry.backend(name, torch.empty(0, 0, dim, device=device, dtype=dtype), unfit)
+    return registry.backend(
+        name, torch.empty(0, 0, dim, device=device, dtype=dtype), _unfit(dim, tokens, wants_lse, wants_gradient)
+    )
 
 
 # torch.compiler.assume_constant_result, which would import the compiler: the choice is made once, when the caller is compiled.
 _choose._dynamo_marked_constant = True
+
+
+def _unfit(dim: int, tokens: bool = True, wants_lse: bool = False, wants_gradient: bool = False) -> dict[str, str]:
+    """Backends that do not take a call of these sizes (`tokens`: there are some), each with what it does not take."""
+    fits = {"cpp": dim % 16 == 0 and 0 < dim <= 256, "triton": dim in packed_attention_triton.DIMS}
+    ours = {backend: f"a head dimension of {dim}" for backend, fit in fits.items() if not fit}
+    return ours | attention_libraries.unfit(dim, tokens, wants_lse, wants_gradient)
 
 
 def _dense_heads(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:

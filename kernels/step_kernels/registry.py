@@ -78,6 +78,32 @@ def decide(
     return _preferred(op, device, dtype, unfit)
 
 
+def decisions(device: torch.device | str) -> list[dict]:
+    """For people: what runs every op on `device`, and why.
+
+    Returns:
+        `{"op", "dtype", "width", "backend", "why"}` of every op, in the float type of use, and of every choice that was measured
+        on this device (elsewhere `width` is None: any). Where nothing can run an op, `backend` is empty and `why` the error.
+
+    Raises:
+        ValueError: if the file of measured choices is damaged.
+    """
+    device = torch.device(device)
+    common = torch.float32 if device.type == "cpu" else torch.bfloat16
+    cases = [(op, common, None) for op in _ops]
+    for name, op, dtype, width in choices.load():
+        if op in _ops and name == choices.device_name(device):
+            cases.append((op, getattr(torch, dtype), width))
+    told = []
+    for op, dtype, width in cases:
+        try:
+            name, why = decide(op, device, dtype, width or 0)
+        except RuntimeError as error:
+            name, why = "", str(error)
+        told.append({"op": op, "dtype": str(dtype).removeprefix("torch."), "width": width, "backend": name, "why": why})
+    return told
+
+
 def available_backends(device: torch.device | str) -> dict[str, str]:
     """Every backend with the reason why it cannot run on `device`; an empty reason means that it can."""
     return {name: _unavailable(name, torch.device(device).type) for name in BACKENDS}

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from step_kernels import audio_attention_varlen, native, pool_norm_downsample, registry
+from step_kernels import audio_attention_varlen, native, packed_attention, pool_norm_downsample, registry
 from step_kernels.segments import cumulative
 from torch import nn
 from torch.nn.functional import gelu, linear
@@ -247,12 +247,18 @@ class AudioEncoder(nn.Module):
                     module.reset_parameters()
         return self
 
+    def _backends(self) -> tuple[str, str]:
+        """What computes attention and pooling here: by a measurement on this machine it may be another than elsewhere."""
+        device, dtype, width = self.conv1.weight.device, self.conv1.weight.dtype, self.config.width
+        attention = packed_attention.describe("audio_attention_varlen", device, dtype, width // self.config.heads)
+        return attention, registry.decide("pool_norm_downsample", device, dtype, width)[0]
+
     def fingerprint(self) -> str:
         """Hash of all that the bits of a feature depend on: sizes, weights, canonical block, libraries, kind of processor."""
         device = self.conv1.weight.device
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
         sizes = {name: value for name, value in asdict(self.config).items() if name != "weights"}
-        kernels = (native.describe().get("cpu"), os.environ.get(registry.VARIABLE))
+        kernels = (native.describe().get("cpu"), os.environ.get(registry.VARIABLE), *self._backends())
         parts = [sizes, self.block, self.compat, _REVISION, torch.__version__, device.type, kind, kernels]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):

@@ -70,7 +70,8 @@ def initialize(config: Config) -> Runtime:
         config: `run` chooses device, backend, threads and seed; the parallel sizes are those of `megatron.transformer`.
 
     Raises:
-        ValueError: no such device, a world size that the layout does not divide, or a backend that the device cannot use.
+        ValueError: no such device, a world size that the layout does not divide, a backend that the device cannot use, or other
+            measured choices of kernels than the first rank's.
         ImportError: Megatron-Core is missing or another release than the tested one.
         RuntimeError: the runtime is already initialised.
     """
@@ -92,6 +93,7 @@ def initialize(config: Config) -> Runtime:
         timeout = datetime.timedelta(minutes=config.run.timeout_minutes)
         _join(backend, rank, world_size, timeout)
         control_group = _build_groups(layout, world_size, timeout)
+        _agree_on_kernels(rank)
         place = (rank, world_size, local_rank, local_world_size)
         _runtime = _describe(device, backend, place, threads, control_group, timeout)
         seeds.seed_everything(config.run.seed, _runtime.pp_rank)
@@ -202,6 +204,26 @@ def _join(backend: str, rank: int, world_size: int, timeout: datetime.timedelta)
     _generation += 1
     store = dist.PrefixStore(f"step-megatron/{_generation}", _store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _agree_on_kernels(rank: int) -> None:
+    """Refuse ranks whose machines chose other backends of the ops: what all of them compute has to have the same bits.
+
+    The first rank's answer lies in the store, so this needs no device and no collective.
+
+    Raises:
+        ValueError: on every rank that differs from the first.
+    """
+    from step_kernels import choices
+
+    mine, store = choices.digest(), dist.PrefixStore(f"step-megatron/{_generation}/kernels", _store)
+    if rank == 0:
+        store.set("choices", mine)
+    elif (first := store.get("choices").decode()) != mine:
+        raise ValueError(
+            f"rank {rank} has other measured choices of kernels than rank 0 ({mine[:8]} and {first[:8]}): give every node the "
+            f"same file {choices.path()}, or set {choices.VARIABLE} empty on all"
+        )
 
 
 def _build_groups(layout: _Layout, world_size: int, timeout: datetime.timedelta) -> dist.ProcessGroup:

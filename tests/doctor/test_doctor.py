@@ -157,3 +157,29 @@ def test_a_machine_without_torch_still_gets_its_report():
     assert done.returncode == 1, done.stderr
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert checks["GPU"]["detail"] == "cannot be checked without torch" and checks["cores"]["status"] == "ok"
+
+
+def test_the_native_modules_are_listed_with_their_remedies(monkeypatch):
+    assert found("step_kernels._host").status == found("step_kernels").status == "ok"
+    from step_kernels import packing, registry
+
+    monkeypatch.setitem(sys.modules, "step_kernels._host", None)
+    monkeypatch.delattr("step_kernels._host", raising=False)
+    packing._host.cache_clear()
+    check = found("step_kernels._host")
+    packing._host.cache_clear()
+    assert check.status == "missing" and "host module" in check.detail and "pybind11" in check.remedy
+    monkeypatch.setenv(registry.VARIABLE, "cuda")
+    check = found("step_kernels")
+    assert check.status == "missing" and "audio_attention_varlen has triton, flash, te, cpp, torch" in check.detail
+    monkeypatch.setenv(registry.VARIABLE, "torch")
+    assert "by torch, forced by STEP_KERNELS_BACKEND=torch" in found("step_kernels").detail
+
+
+def test_json_says_for_every_op_who_runs_it_and_why(capsys):
+    from step_kernels import registered
+
+    doctor.main(as_json=True)
+    told = json.loads(capsys.readouterr().out)["kernels"]
+    assert {each["op"] for each in told} == set(registered())
+    assert all(each["backend"] in ("cpp", "torch") and each["why"] for each in told)

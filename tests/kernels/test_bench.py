@@ -9,7 +9,7 @@ import pytest
 import torch
 from step_kernels import bench, registry
 from step_kernels.bench import attention, paged, report, segment_ops
-from step_kernels.bench.contestants import compiled, library, ours
+from step_kernels.bench.contestants import backend, compiled, library, ours
 from step_kernels.bench.harness import Absent, Case, Contestant, extra_bytes, measure, percentiles
 
 CPU = torch.device("cpu")
@@ -103,6 +103,10 @@ def test_csv_and_plot(tmp_path, monkeypatch, takes):
     assert (tmp_path / "op.png").read_bytes().startswith(b"\x89PNG")
 
 
+def fails():
+    raise RuntimeError("no kernel for this device")
+
+
 def test_backends_of_ours_and_libraries(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     assert [each.name for each in ours("pool_norm_downsample", lambda: None, CPU)] == ["ours (cpp)"]
@@ -110,6 +114,10 @@ def test_backends_of_ours_and_libraries(monkeypatch):
     (contestant,) = ours("nothing_fast", lambda: None, CPU)
     with pytest.raises(Absent, match="no backend but torch"):
         contestant.prepare()
+    with pytest.raises(Absent, match="flash kernels run on cuda tensors"):
+        backend("flash-attn", "audio_attention_varlen", "flash", lambda: None, CPU).prepare()
+    with pytest.raises(Absent, match="fails: no kernel for this device"):
+        backend("plain", "audio_attention_varlen", "torch", fails, CPU).prepare()
     with pytest.raises(Absent, match="GPU only"):
         library("flash-attn", "flash_attn", lambda: None, CPU).prepare()
     with pytest.raises(Absent, match="is not installed"):

@@ -112,6 +112,28 @@ def test_shutdown_during_an_exception_does_not_wait_for_the_others(worker_pool):
         worker_pool(2).run(fail_while_the_other_rank_never_ends, timeout=5.0)
 
 
+def start_with_choices(rank, world_size, *, others):
+    """The error of starting where the ranks after the first have measured something else."""
+    from step_kernels import choices
+
+    with mock.patch.object(choices, "digest", lambda: others if rank else "here"):
+        try:
+            initialize(configured())
+        except ValueError as error:
+            return str(error)
+    try:
+        raise KeyError("so that nobody waits for a rank that has not started")
+    except KeyError:
+        shutdown()
+    return ""
+
+
+def test_a_rank_whose_machine_has_other_measured_choices_is_named(worker_pool):
+    assert worker_pool(2).run(start_with_choices, {"others": "here"}) == ["", ""]
+    first, second = worker_pool(2).run(start_with_choices, {"others": "there"})
+    assert first == "" and second.startswith("rank 1 has other measured choices of kernels than rank 0 (there and here)")
+
+
 def test_single_process_without_torchrun(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

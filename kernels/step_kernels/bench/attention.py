@@ -4,14 +4,14 @@ The loop is what the trainer would do without the op and the one to beat: at lea
 backward pass; faster than everybody else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from step_kernels import audio_attention_varlen, causal_attention_varlen
 from step_kernels.bench import lengths as real
-from step_kernels.bench.contestants import forward_backward, forward_only, library, ours
+from step_kernels.bench.contestants import backend, forward_backward, forward_only, ours
 from step_kernels.bench.harness import Absent, Case, Contestant, Work
 from step_kernels.segments import cumulative
 
@@ -24,13 +24,15 @@ _GROUP = 4
 class _Packed:
     """Packed query, key and value, and the same padded."""
 
-    def __init__(self, lengths: list[int], causal: bool, backward: bool, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, lengths: list[int], causal: bool, backward: bool, device: torch.device, dtype: torch.dtype, dim: int = _DIM
+    ):
         self.lengths, self.causal, self.longest = lengths, causal, max(lengths)
         self.cu_seqlens = cumulative(lengths, device)
         generator = torch.Generator().manual_seed(0)
         kv_heads = _HEADS // _GROUP if causal else _HEADS
         query, key, value, self.gradient = (
-            torch.randn(sum(lengths), heads, _DIM, generator=generator).to(device, dtype)
+            torch.randn(sum(lengths), heads, dim, generator=generator).to(device, dtype)
             for heads in (_HEADS, kv_heads, kv_heads, _HEADS)
         )
         self.leaves = [part.requires_grad_(backward) for part in (query, key, value)]
@@ -38,9 +40,17 @@ class _Packed:
         self.places = self.inside.flatten().nonzero().squeeze(1)
         self.segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
 
+    def shape(self) -> str:
+        """As tables show it."""
+        heads = f"{_HEADS}/{_HEADS // _GROUP}" if self.causal else str(_HEADS)
+        passes = "forward + backward" if self.leaves[0].requires_grad else "forward"
+        return f"{real.named(self.lengths)} x {heads} x {self.leaves[0].shape[2]}, {passes}"
+
     def op(self) -> torch.Tensor:
-        op = causal_attention_varlen if self.causal else audio_attention_varlen
-        return op(*self.leaves, self.cu_seqlens, self.lengths)
+        return self._op()(*self.leaves, self.cu_seqlens, self.lengths)
+
+    def _op(self) -> Callable:
+        return causal_attention_varlen if self.causal else audio_attention_varlen
 
     def loop(self) -> torch.Tensor:
         """One SDPA call a segment; `split` and `cat`, so that no gradient is as long as the pack."""
@@ -94,29 +104,17 @@ class _Packed:
 
         return run
 
-    def flash(self) -> Work:
-        from flash_attn import flash_attn_varlen_func
-
-        def run():
-            bounds, longest = self.cu_seqlens, self.longest
-            return flash_attn_varlen_func(*self.leaves, bounds, bounds, longest, longest, causal=self.causal)
-
-        return run
-
-    def transformer_engine(self) -> Work:
-        from transformer_engine.pytorch import DotProductAttention
-
-        mask = "padding_causal" if self.causal else "padding"
-        attend = DotProductAttention(
-            _HEADS, _DIM, num_gqa_groups=self.leaves[1].shape[1], qkv_format="thd", attn_mask_type=mask, attention_dropout=0.0
-        )
-
-        def run():
-            bounds, longest = self.cu_seqlens, self.longest
-            out = attend(*self.leaves, cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
-            return out.view_as(self.leaves[0])
-
-        return run
+    def alone(self) -> bool:
+        """Whether the first segments come out with the same bits in the pack and by themselves, two at a time."""
+        with torch.no_grad():
+            whole = self.op()
+            for first in range(min(4, len(self.lengths))):
+                begin, lengths = sum(self.lengths[:first]), self.lengths[first : first + 2]
+                rows = slice(begin, begin + sum(lengths))
+                bounds = cumulative(lengths, self.cu_seqlens.device)
+                if not torch.equal(self._op()(*(part[rows] for part in self.leaves), bounds, lengths), whole[rows]):
+                    return False
+        return True
 
 
 def _case(op: str, registered: str, packed: _Packed, backward: bool, device: torch.device) -> Case:
@@ -143,12 +141,10 @@ def _case(op: str, registered: str, packed: _Packed, backward: bool, device: tor
         Contestant("SDPA, loop of segments", lambda: wrap(packed.loop), _LOOP),
         Contestant("SDPA, padded", padded, _OTHERS, comparable=packed.unpad),
         Contestant("flex_attention", flex, _OTHERS),
-        library("flash-attn", "flash_attn", lambda: wrap(packed.flash()), device),
-        library("Transformer Engine", "transformer_engine", lambda: wrap(packed.transformer_engine()), device),
+        backend("flash-attn", registered, "flash", wrap(packed.op), device),
+        backend("Transformer Engine", registered, "te", wrap(packed.op), device),
     ]
-    heads = f"{_HEADS}/{_HEADS // _GROUP}" if packed.causal else str(_HEADS)
-    shape = f"{real.named(packed.lengths)} x {heads} x {_DIM}, {'forward + backward' if backward else 'forward'}"
-    return Case(op, shape, contestants, tolerance=1e-3 if device.type == "cpu" else 2e-2)
+    return Case(op, packed.shape(), contestants, tolerance=1e-3 if device.type == "cpu" else 2e-2)
 
 
 def _cases(op: str, registered: str, causal: bool) -> Callable[[torch.device], list[Case]]:
@@ -163,7 +159,25 @@ def _cases(op: str, registered: str, causal: bool) -> Callable[[torch.device], l
     return make
 
 
-CASES = {
-    "audio-attention": _cases("audio-attention", "audio_attention_varlen", causal=False),
-    "causal-attention": _cases("causal-attention", "causal_attention_varlen", causal=True),
-}
+# The op behind each name and whether its mask is causal.
+OPS = {"audio-attention": ("audio_attention_varlen", False), "causal-attention": ("causal_attention_varlen", True)}
+CASES = {op: _cases(op, registered, causal) for op, (registered, causal) in OPS.items()}
+# Head dimensions that a choice is made for.
+DIMS = (64, 128)
+
+
+def choice_cases(
+    op: str, names: Sequence[str], device: torch.device, dtype: torch.dtype, dim: int
+) -> Iterator[tuple[Case, Callable[[], bool]]]:
+    """What a choice between the backends `names` is measured by, each case with a function that says whether a segment's bits
+    depend on itself alone."""
+    registered, causal = OPS[op]
+    for lengths in (real.asterisk(), real.uniform()):
+        for backward in (False, True):
+            packed = _Packed(lengths, causal, backward, device, dtype, dim)
+            work = forward_backward(packed.op, packed.leaves, packed.gradient) if backward else forward_only(packed.op)
+            contestants = [backend(name, registered, name, work, device) for name in names]
+            yield (
+                Case(op, f"{packed.shape()}, {dtype}", contestants, tolerance=1e-3 if dtype == torch.float32 else 2e-2),
+                packed.alone,
+            )

@@ -1,7 +1,6 @@
 """What a measurement leaves behind: a table for people, a CSV for later comparison, a plot, and one JSON object."""
 
 import csv
-import platform
 import statistics
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from step_kernels import choices
 from step_kernels.bench.harness import Contestant, Measured, percentiles
 
 COLUMNS = ("op", "shape", "backend", "p20", "p50", "p80", "device", "version")
@@ -115,15 +115,8 @@ def plot(path: Path, results: Sequence[Measured], device: torch.device) -> str:
 
 def device_name(device: torch.device) -> str:
     """The GPU, or the processor with the threads that torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            model = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{model}, {torch.get_num_threads()} threads"
+    name = choices.device_name(device)
+    return name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads"
 
 
 def version() -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from step_kernels.bench import report
+from step_kernels.bench import choosing, report
 from step_kernels.bench.harness import measure
 
 # The module that holds the cases of an op, as `MODULE.CASES[op](device) -> list[Case]`.
@@ -39,7 +39,7 @@ def run(op: str, repeats: int = 15, out: Path = Path("runs/bench"), device: str 
     Raises:
         RuntimeError: if contestants disagree in their results.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = _device(device)
     make = importlib.import_module(f"step_kernels.bench.{OPS[op]}").CASES[op]
     results = []
     for case in make(where):
@@ -54,6 +54,11 @@ def run(op: str, repeats: int = 15, out: Path = Path("runs/bench"), device: str 
     return report.summary(op, results, where)
 
 
+def choose(op: str, repeats: int = 15, device: str | None = None) -> dict:
+    """Measure an op's backends and let the registry prefer the fastest from now on; see `choosing`."""
+    return choosing.choose(op, repeats, _device(device))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """`python -m step_kernels.bench`."""
     parser = argparse.ArgumentParser(prog="python -m step_kernels.bench", description=__doc__.split("\n")[0])
@@ -61,9 +66,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=15, help="rounds (default: 15)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the CSV and the plot")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--choose", action="store_true", help="let the fastest backend be used on this device from now on")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     options = parser.parse_args(arguments)
-    result = run(options.op, options.repeats, options.out, options.device)
+    if options.choose:
+        result = choose(options.op, options.repeats, options.device)
+    else:
+        result = run(options.op, options.repeats, options.out, options.device)
     if options.json:
         print(json.dumps(result))
     return 0
+
+
+def _device(named: str | None) -> torch.device:
+    return torch.device(named or ("cuda" if torch.cuda.is_available() else "cpu"))
