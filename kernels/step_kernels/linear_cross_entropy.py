@@ -11,6 +11,9 @@ Two modes, one for each way the gradient of a token's loss comes to be known:
                            backward computes the logits again, so four products
                                d log p(label) / dx_j = [j = label] - p_j        d H / dx_j = -p_j (log p_j + H)
 
+In float16 gradients need the factor that the loss is scaled by (65,536 and more): without it a probability of less than 6e-8 is
+zero, and those below 6e-5 lose digits. Only backward knows it, so the loss mode computes as the other does there, four products.
+
 The weight may be this rank's share of the vocabulary (`vocabulary_start`, `group`): a row's maximum, sum and target are then
 joined over the ranks with one small message a chunk, and hidden's gradient is summed over them with one message in all.
 
@@ -61,7 +64,7 @@ def linear_cross_entropy(
     vocabulary_start: int = 0,
     group: ProcessGroup | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sum of the tokens' cross entropies; its gradients are formed here and scaled in backward.
+    """Weighted sum of the tokens' cross entropies; its gradients are formed here and scaled in backward (float16: formed there).
 
     Args:
         hidden: `[tokens, width]`, the same on all ranks of `group`.
@@ -83,9 +86,12 @@ def linear_cross_entropy(
         token_weights = torch.ones_like(labels, dtype=_exact(hidden))
     if token_weights.shape != labels.shape:
         raise ValueError(f"{OP}: {len(labels)} labels, but token_weights of shape {tuple(token_weights.shape)}; give one a token")
-    wanted = [torch.is_grad_enabled() and each.requires_grad for each in (hidden, weight)]
-    name = "" if group is None or group.size() == 1 else group.group_name
     token_weights = token_weights.detach().to(_exact(hidden))
+    wanted = [torch.is_grad_enabled() and each.requires_grad for each in (hidden, weight)]
+    if hidden.dtype == torch.float16 and any(wanted):
+        log_probs, _ = linear_log_probs(hidden, weight, labels, vocabulary_start, group)
+        return -(log_probs * token_weights).sum(), -log_probs.detach()
+    name = "" if group is None or group.size() == 1 else group.group_name
     total, losses, _, _ = _op(hidden, weight, labels, token_weights, vocabulary_start, name, *wanted)
     return total, losses
 

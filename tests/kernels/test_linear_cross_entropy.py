@@ -92,6 +92,30 @@ def test_kernels_in_triton_equal_the_definition(mode, reference, backend, dtype,
     check(mode, reference, backend, dtype, inputs(tokens, 16, vocabulary, dtype))
 
 
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "cpp"])
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_float16_gradients_are_formed_with_the_loss_scale(backend, scale):
+    """Probabilities far below float16's smallest number (6e-8 as they are, 4e-3 after the scale) count as in eager torch."""
+    hidden, weight, labels = inputs(40, 32, 1500, torch.float16)
+    weights = torch.full((40,), 1 / 4096)  # the share of a token in a step's mean
+
+    def gradients(mode, dtype: torch.dtype, factor: float) -> list[torch.Tensor]:
+        leaves = [each.detach().to(dtype).requires_grad_() for each in (hidden, weight)]
+        total, losses = mode(*leaves, labels, weights)
+        assert not losses.requires_grad
+        (total * factor).backward()
+        return [leaf.grad.double() / factor for leaf in leaves]
+
+    exact = gradients(linear_cross_entropy_reference, torch.float64, 1.0)
+    plain = gradients(linear_cross_entropy_reference, torch.float16, scale)
+    with forced(backend):
+        actual = gradients(linear_cross_entropy, torch.float16, scale)
+    for name, *each in zip(("hidden", "weight"), actual, plain, exact, strict=True):
+        error, allowed = ((values - each[2]).norm() / each[2].norm() for values in each[:2])
+        assert error <= 1.1 * allowed, f"{name}'s gradient is off by {error:.1e}, eager's by {allowed:.1e}"
+        assert scale == 1 or error < 2e-3
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_large_logit_neither_overflows_nor_hides_the_others(backend):
     hidden, weight = torch.tensor([[300.0], [-300.0]]), torch.tensor([[1.0], [0.999], [-1.0]])
