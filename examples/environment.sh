@@ -50,8 +50,14 @@ step_virtual_environment() {
     fi
 }
 
+# Path of nvcc as setup.py looks for it, nothing if there is none.
+step_nvcc() {
+    "$STEP_VENV/bin/python" -c 'import runpy, sys; print(runpy.run_path(sys.argv[1])["find_nvcc"]() or "")' \
+        "$step_root/kernels/step_kernels/toolkit.py"
+}
+
 step_environment() {
-    local extras stamp wanted
+    local extras stamp wanted nvcc
     extras="$(IFS=,; echo "$*")"
     stamp="$STEP_VENV/.step-megatron-${extras:-base}"
     # Native code is built by the installation: a change of it installs again.
@@ -64,8 +70,14 @@ step_environment() {
     # torch by itself first, and exactly: a range could bring another build.
     echo "environment: $STEP_TORCH"
     "$STEP_VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$STEP_TORCH" "setuptools>=69,<83" wheel pybind11 ninja
+    nvcc="$(step_nvcc)"
     echo "environment: step-megatron${extras:+[$extras]}"
     "$STEP_VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation -e "$step_root${extras:+[$extras]}"
+    # The native code is built before the packages that an extra brings are there, and nvcc may be one of them.
+    if [ -z "$nvcc" ] && [ "${STEP_CUDA:-auto}" != 0 ] && nvcc="$(step_nvcc)" && [ -n "$nvcc" ]; then
+        echo "environment: CUDA kernels, by $nvcc"
+        (cd "$step_root" && "$STEP_VENV/bin/python" setup.py -q build_ext --inplace)
+    fi
     echo "$wanted" > "$stamp"
     echo "environment: ready after ${SECONDS} s"
 }
