@@ -14,6 +14,7 @@ from step_kernels.audio_attention import audio_attention_varlen_reference
 from step_kernels.causal_attention import causal_attention_varlen_reference
 from step_kernels.segments import cumulative
 from support.kernel_checks import assert_as_good_as_plain, backends_here, forced
+from support.triton_faults import with_fault
 
 BACKENDS = backends_here("causal_attention_varlen")
 # Triton's interpreter takes about 10 ms for a tile.
@@ -119,6 +120,48 @@ def test_faults_are_caught(backend):
         case.op = wrong.op
         with pytest.raises(AssertionError, match="off by"):
             case.compare(backend, qkv(49, 2, 2), gradients=False)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "causal", "old", "new"),
+    [
+        # A mask is gone or off by one.
+        ("_forward", False, "mask = keys < end", "mask = keys <= end"),
+        ("_forward", True, "mask & (keys <= queries)", "mask & (keys < queries + 2)"),
+        ("_backward_query", True, "mask & (keys <= queries)", "mask"),
+        (
+            "_backward_key",
+            True,
+            "scores = tl.where(keys[:, None] <= rows[None, :], scores",
+            "scores = tl.where(keys[:, None] < 99, scores",
+        ),
+        # A boundary is off by one.
+        (
+            "_forward",
+            False,
+            "whole = end // BLOCK_N * BLOCK_N\n    if CAUSAL:\n        # Keys",
+            "whole = 0 * end\n    end -= 1\n    if CAUSAL:\n        # Keys",
+        ),
+        # What was summed before is not brought to the new maximum; the sum lacks the maximum; a term has another sign.
+        ("_forward", False, "total = total * shrink", "total = total"),
+        ("_forward", False, "natural = (top + tl.log2(total))", "natural = tl.log2(total)"),
+        ("_delta", False, "total -= tl.load", "total += tl.load"),
+        ("_backward_key", False, "weights * (products - share[None, :])", "weights * products"),
+        (
+            "_backward_key",
+            True,
+            "for head in range(kv_head * group, (kv_head + 1) * group)",
+            "for head in range(kv_head, kv_head + group)",
+        ),
+    ],
+)
+def test_a_fault_in_the_triton_kernels_is_noticed(tmp_path, kernel, causal, old, new):
+    case = Case([40, 9], None if causal else [39, 9], causal)
+    inputs = qkv(49, 4, 2 if causal else 4)
+    with with_fault(tmp_path, "packed_attention_triton", kernel, old, old):
+        case.compare("triton", inputs, gradients=True)
+    with with_fault(tmp_path, "packed_attention_triton", kernel, old, new), pytest.raises(AssertionError, match="off by"):
+        case.compare("triton", inputs, gradients=True)
 
 
 @pytest.mark.parametrize("causal", [False, True])

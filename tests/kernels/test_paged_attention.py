@@ -13,6 +13,7 @@ from step_kernels import paged_attention
 from step_kernels.paged_attention import _op, aot_kernels, paged_attention_reference
 from step_kernels.segments import cumulative
 from support.kernel_checks import assert_as_good_as_plain, backends_here, forced
+from support.triton_faults import with_fault
 
 BACKENDS = backends_here("paged_attention")
 # (tokens in the cache, new ones among them): the C++ kernel splits from 513 keys on, the Triton kernel from 257.
@@ -223,3 +224,30 @@ def test_kernels_for_ahead_of_time_compilation_are_stated_in_full():
         names = function.arg_names
         assert set(signature) | set(constants) == set(names) and not set(signature) & set(constants), name
         assert set(aligned) <= set(signature) and all(number > 0 for number in numbers)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "old", "new"),
+    [
+        # A boundary is off by one: of the keys of a token, of a sequence, of a split, of a page.
+        ("_attend", "last = length - queries + token", "last = length - queries + token + 1"),
+        ("_attend", "valid = key < end", "valid = key <= end"),
+        ("_attend", "tl.where(is_split, split * SPLIT_KEYS, 0)", "tl.where(is_split, split * SPLIT_KEYS + 1, 0)"),
+        ("_attend", "tl.minimum(end, begin + SPLIT_KEYS)", "tl.minimum(end, begin + SPLIT_KEYS + 1)"),
+        ("_attend", "+ key % PAGE)", "+ (key + 1) % PAGE)"),
+        ("_attend", "(tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1)", "(tile * BLOCK_M + BLOCK_M - 1) // GROUP)"),
+        ("_join", "splits = (length + SPLIT_KEYS - 1) // SPLIT_KEYS", "splits = length // SPLIT_KEYS"),
+        # A mask is gone.
+        ("_attend", "valid[None, :] & (key[None, :] <= last[:, None])", "valid[None, :]"),
+        ("_attend", 'tl.where(now == float("-inf"), 0.0, now)', "now"),
+        # What was summed before is not brought to the new maximum; a part counts as much as another.
+        ("_attend", "total = total * decay", "total = total"),
+        ("_join", "total += weight", "total += 1.0"),
+    ],
+)
+def test_a_fault_in_the_triton_kernel_is_noticed(tmp_path, kernel, old, new):
+    paged = Paged([(70, 23), (258, 4), (301, 1)], 5, 1, 32)
+    with with_fault(tmp_path, "paged_attention", kernel, old, old):
+        assert_right(paged, "triton")
+    with with_fault(tmp_path, "paged_attention", kernel, old, new), pytest.raises(AssertionError, match="off by"):
+        assert_right(paged, "triton")
