@@ -9,6 +9,7 @@ for the device.
 from step_kernels.audio_attention import audio_attention_varlen
 from step_kernels.causal_attention import causal_attention_varlen
 from step_kernels.conv_downsample import conv_downsample_gelu
+from step_kernels.fused_downsample import fused_downsample
 from step_kernels.gae import gae_varlen
 from step_kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
 from step_kernels.merge_audio import merge_audio_embeddings, merge_audio_embeddings_
@@ -16,6 +17,8 @@ from step_kernels.paged_attention import paged_attention
 from step_kernels.pool_norm_downsample import pool_norm_downsample
 from step_kernels.registry import available_backends, backends_of, registered
 from step_kernels.rms_norm import rms_norm
+from step_kernels.rope_qk import rope_qk
+from step_kernels.swiglu import swiglu
 
 __all__ = [
     "audio_attention_varlen",
@@ -23,6 +26,7 @@ __all__ = [
     "backends_of",
     "causal_attention_varlen",
     "conv_downsample_gelu",
+    "fused_downsample",
     "gae_varlen",
     "linear_cross_entropy",
     "linear_log_probs",
@@ -32,4 +36,6 @@ __all__ = [
     "pool_norm_downsample",
     "registered",
     "rms_norm",
+    "rope_qk",
+    "swiglu",
 ]

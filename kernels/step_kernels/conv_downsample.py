@@ -82,8 +82,7 @@ def _op(
         taps = (downsample_taps(cu_seqlens, rows) - 1).int()
         gathered_matmul(x, taps, weight.permute(2, 1, 0).contiguous(), out, bias, before if keep else None)
     else:
-        torch.add(linear(_columns(x, cu_seqlens, rows), weight.view(len(weight), -1)), bias, out=before)
-        out.copy_(gelu(before))
+        in_torch(x, cu_seqlens, weight, bias, before, out)
     return out, before if keep else out.new_empty(0)
 
 
@@ -94,7 +93,7 @@ def _(x, cu_seqlens, weight, bias, rows, keep):
 
 
 @torch.library.custom_op("step::conv_downsample_gelu_backward", mutates_args=())
-def _backward(
+def backward(
     gradient: torch.Tensor,
     x: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -103,6 +102,7 @@ def _backward(
     x_wanted: bool,
     weight_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, weight and bias from the result's and what forward kept; of those not wanted, tensors without elements."""
     frames, dtype, rows = x.shape[0], x.dtype, len(gradient)
     x, weight, gradient, chosen = _prepare(x, weight, gradient)
     if chosen == "cpp":
@@ -123,7 +123,7 @@ def _backward(
     return grad_x.to(dtype), grad_weight, grad_bias
 
 
-@_backward.register_fake
+@backward.register_fake
 def _(gradient, x, cu_seqlens, weight, before, x_wanted, weight_wanted):
     return (
         x.new_empty(x.shape if x_wanted else 0),
@@ -143,7 +143,7 @@ def _differentiate(ctx, gradient, _):
     x_wanted, _, weight_wanted, bias_wanted = ctx.needs_input_grad[:4]
     if gradient is None:
         return (None,) * 6
-    grad_x, grad_weight, grad_bias = _backward(gradient, *ctx.saved_tensors, x_wanted, weight_wanted)
+    grad_x, grad_weight, grad_bias = backward(gradient, *ctx.saved_tensors, x_wanted, weight_wanted)
     return (
         grad_x if x_wanted else None,
         None,
@@ -181,6 +181,12 @@ def _add_gradients(chosen: str, hidden, x, cu_seqlens, weight, grad_x, grad_weig
         taps = downsample_taps(cu_seqlens, rows)
         columns = (hidden @ flat).view(rows, channels, 3).transpose(1, 2).reshape(3 * rows, channels)
         grad_x.copy_(torch.zeros_like(pad(grad_x, (0, 0, 1, 0))).index_add_(0, taps.flatten(), columns)[1:])
+
+
+def in_torch(x, cu_seqlens, weight, bias, before, out) -> None:
+    """Write the values before GELU and after it; both may be one tensor."""
+    torch.add(linear(_columns(x, cu_seqlens, len(out)), weight.view(len(weight), -1)), bias, out=before)
+    out.copy_(gelu(before))
 
 
 def _columns(x: torch.Tensor, cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:

@@ -59,6 +59,30 @@ def stored(x: torch.Tensor, cu_seqlens: torch.Tensor, rows: int) -> Source:
     return Source(cu_seqlens, x.shape[1], rows, lambda first, out: native.ops().conv_gather(x, cu_seqlens, first, out))
 
 
+def pooled(
+    hidden: torch.Tensor,
+    hidden_starts: torch.Tensor,
+    norm: tuple[torch.Tensor, torch.Tensor, float],
+    features: torch.Tensor,
+    keep: bool,
+    cu_seqlens: torch.Tensor,
+    rows: int,
+) -> Source:
+    """Frames made from hidden rows, two each, as they are gathered.
+
+    Args:
+        hidden: `[rows at twice the rate, width]` float32, bounds of its segments `hidden_starts`.
+        norm: weight, bias and epsilon of the layer norm.
+        features: frames are rounded to its dtype, float32 or bfloat16; with `keep` they are written to it, `[frames, width]`.
+    """
+    kept, rounded = features if keep else features[:0], features.dtype == torch.bfloat16
+
+    def gather(first: int, out: torch.Tensor) -> None:
+        native.ops().pool_norm_gather(hidden, hidden_starts, *norm, rounded, kept, cu_seqlens, first, out)
+
+    return Source(cu_seqlens, hidden.shape[1], rows, gather)
+
+
 def convolve(source: Source, weight: torch.Tensor, bias: torch.Tensor, before: torch.Tensor, out: torch.Tensor) -> None:
     """Write the values before GELU and after it, `[rows, out_width]`; both may be one tensor."""
     if tiles := source.tiles(_FORWARD_ROWS):

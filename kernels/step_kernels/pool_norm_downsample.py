@@ -61,13 +61,13 @@ def _op(
 ) -> torch.Tensor:
     chosen = registry.backend(OP, hidden)
     if chosen == "torch":
-        return _torch(hidden, cu_seqlens, weight, bias, eps, rows)
+        return in_torch(hidden, cu_seqlens, weight, bias, eps, rows)
     out = hidden.new_empty(rows, hidden.shape[1])
     hidden, weight, bias = hidden.contiguous(), weight.contiguous(), bias.contiguous()
     if chosen == "cpp":
         native.ops().pool_norm_downsample(hidden, cu_seqlens, weight, bias, eps, out)
     else:
-        native.ops().pool_norm_downsample_rows(hidden, _source_rows(cu_seqlens, rows).int(), weight, bias, eps, out)
+        native.ops().pool_norm_downsample_rows(hidden, source_rows(cu_seqlens, rows).int(), weight, bias, eps, out)
     return out
 
 
@@ -76,8 +76,9 @@ def _(hidden, cu_seqlens, weight, bias, eps, rows):
     return hidden.new_empty(rows, hidden.shape[1])
 
 
-def _torch(hidden, cu_seqlens, weight, bias, eps, rows):
-    first = _source_rows(cu_seqlens, rows)
+def in_torch(hidden, cu_seqlens, weight, bias, eps, rows):
+    """The op as plain torch over the packed rows."""
+    first = source_rows(cu_seqlens, rows)
     pooled = hidden.index_select(0, first).add_(hidden.index_select(0, first + 1)).mul_(0.5)
     return torch.nn.functional.layer_norm(pooled, weight.shape, weight, bias, eps)
 
@@ -94,7 +95,7 @@ def cuda_kernels():
             yield f"{OP}.pool_norm_{kernel} {rows} x {width} {name}", "pool_norm_downsample.cu", entry, shared, flops, moved
 
 
-def _source_rows(cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:
+def source_rows(cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:
     """First input row of each output row, `[rows]` int64, without reading anything back to the host."""
     starts, pooled = cu_seqlens[:-1].long(), cu_seqlens.diff().long() // 2
     # Output row o of a segment whose outputs begin at p reads input row start + 2 (o - p).

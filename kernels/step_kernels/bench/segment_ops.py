@@ -23,7 +23,7 @@ def _random(device: torch.device, *shape: int, scale: float = 1.0) -> torch.Tens
 
 def pool_norm_cases(device: torch.device) -> list[Case]:
     """The encoder's tail, on the frames of real prompts at 50 Hz."""
-    from step_kernels.pool_norm_downsample import _torch
+    from step_kernels.pool_norm_downsample import in_torch
 
     lengths = real.asterisk()
     cases = []
@@ -38,8 +38,8 @@ def pool_norm_cases(device: torch.device) -> list[Case]:
         )
         contestants = [
             *ours("pool_norm_downsample", lambda a=arguments: pool_norm_downsample(*a), device),
-            eager(lambda a=arguments: _torch(*a), _EAGER),
-            compiled(_torch, arguments, _COMPILED),
+            eager(lambda a=arguments: in_torch(*a), _EAGER),
+            compiled(in_torch, arguments, _COMPILED),
         ]
         cases.append(Case("pool-norm-downsample", f"{real.named(lengths)} x {width}", contestants))
     return cases
