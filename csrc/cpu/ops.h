@@ -7,6 +7,11 @@
 #include "attention.h"
 #include "conv_source.h"
 
+namespace step {
+// Rows whose part of a norm's weight gradient is summed together: the same for any number of threads.
+constexpr int64_t kNormBlock = 64;
+}  // namespace step
+
 #define STEP_DECLARE_OPS(isa)                                                                                                     \
   namespace isa {                                                                                                                 \
   void attention_forward(const AttentionProblem& problem, const int32_t* order, float* out, float* lse);                         \
@@ -22,6 +27,13 @@
                   float gamma, float decay, float* advantages, float* returns);                                                  \
   void pool_norm_downsample(const float* hidden, const int32_t* cu_seqlens, int64_t segments, const float* weight,                \
                             const float* bias, float* out, int64_t rows, int64_t width, float eps);                               \
+  void rms_norm(const float* x, const float* weight, float* out, float* scale, int64_t rows, int64_t width, float eps);           \
+  void rms_norm_backward(const float* gradient, const float* x, const float* weight, const float* scale, float* grad_x,           \
+                         float* grad_weight, int64_t rows, int64_t width);                                                        \
+  void swiglu(const float* x, float* out, int64_t rows, int64_t width);                                                           \
+  void swiglu_backward(const float* gradient, const float* x, float* grad_x, int64_t rows, int64_t width);                        \
+  void rope(const float* x, int64_t token_stride, int64_t head_stride, const float* cos, const float* sin, float* out,            \
+            int64_t tokens, int64_t heads, int64_t dim, bool inverse);                                                            \
   void softmax_statistics(const float* logits, const int64_t* labels, float* out, int64_t rows, int64_t width, int64_t start,     \
                           bool moments);                                                                                          \
   void softmax_gradient(float* logits, const int64_t* labels, const float* lse, const float* first, const float* second,          \

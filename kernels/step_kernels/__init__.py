@@ -17,6 +17,8 @@ from step_kernels.paged_attention import paged_attention
 from step_kernels.pool_norm_downsample import pool_norm_downsample
 from step_kernels.registry import available_backends, backends_of, registered
 from step_kernels.rms_norm import rms_norm
+from step_kernels.rope_qk import rope_qk
+from step_kernels.swiglu import swiglu
 
 __all__ = [
     "audio_attention_varlen",
@@ -34,4 +36,6 @@ __all__ = [
     "pool_norm_downsample",
     "registered",
     "rms_norm",
+    "rope_qk",
+    "swiglu",
 ]

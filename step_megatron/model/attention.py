@@ -72,7 +72,7 @@ class PackedCausalAttention(MegatronModule):
         packed = packed_seq_params
         if not isinstance(packed, PackedSegments):
             raise TypeError(f"attention needs PackedSegments (see segments.pack_segments), got {type(packed).__name__}")
-        query, key = apply_rotary(query, packed.rotary), apply_rotary(key, packed.rotary)
+        query, key = apply_rotary(query, key, packed.rotary)
         if packed.cache is not None:
             out = packed.cache.attend(self.layer_number, query, key, value, packed, self.softmax_scale)
         elif self.cp_group is not None:

@@ -26,7 +26,7 @@ class TransformerEngineAttention(TEDotProductAttention):
         packed_seq_params: PackedSegments | None = None,
     ) -> torch.Tensor:
         packed = packed_seq_params
-        query, key = apply_rotary(query, packed.rotary), apply_rotary(key, packed.rotary)
+        query, key = apply_rotary(query, key, packed.rotary)
         if packed.cache is not None:
             scale = self.config.softmax_scale or self.config.kv_channels**-0.5
             return packed.cache.attend(self.layer_number, query, key, value, packed, scale).flatten(1)

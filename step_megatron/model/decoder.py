@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from step_megatron.config.schema import Config
-from step_megatron.model.layers import layer_kind, layer_specification
+from step_megatron.model.layers import GatedMLP, layer_kind, layer_specification
 from step_megatron.runtime import megatron_release
 
 # What makes it Qwen2.5 (and, without the bias of query, key and value, LLaMA): no field of a preset.
@@ -81,7 +81,7 @@ def build_decoder(config: Config, transformer: TransformerConfig, vp_stage: int 
             f"use {-(-vocabulary // ranks) * ranks} (the rows beyond the tokenizer's ids are never used)"
         )
     kind = layer_kind(config.model.layers)
-    return GPTModel(
+    model = GPTModel(
         config=transformer,
         transformer_layer_spec=layer_specification(transformer, kind, vp_stage),
         vocab_size=vocabulary,
@@ -95,6 +95,8 @@ def build_decoder(config: Config, transformer: TransformerConfig, vp_stage: int 
         parallel_output=True,
         vp_stage=vp_stage,
     )
+    GatedMLP.adopt(model)
+    return model
 
 
 def _value(name: str, kind: Any, value: Any) -> Any:

@@ -10,13 +10,36 @@ from typing import Literal
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from step_kernels import rms_norm
+from step_kernels import rms_norm, swiglu
+from torch.nn.functional import silu
 
 from step_megatron.model.attention import PackedCausalAttention
 
 LayerKind = Literal["torch", "te"]
+
+
+class GatedMLP(MLP):
+    """Megatron's feed-forward part with the gate in one op, where Megatron would run torch's operators one by one."""
+
+    @classmethod
+    def adopt(cls, model: torch.nn.Module) -> None:
+        """Make those parts of a model that are plain gated SiLU of this class (built by another, they lack Megatron's groups)."""
+        for part in model.modules():
+            if type(part) is not MLP:
+                continue
+            config = part.config
+            plain = config.gated_linear_unit and config.activation_func is silu and not config.add_bias_linear
+            fused = config.bias_activation_fusion or config.use_te_activation_func
+            if plain and not fused and config.activation_func_clamp_value is None and not config.glu_linear_offset:
+                part.__class__ = cls
+
+    def forward(self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_):
+        """`[tokens, 1, width]` in, the same out and no bias; a scale of each token's activation as Megatron applies it."""
+        hidden = swiglu(self.linear_fc1(hidden_states)[0])
+        return self.linear_fc2(hidden if per_token_scale is None else (hidden * per_token_scale[..., None]).to(hidden.dtype))
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -9,6 +9,7 @@ Source: Su et al., RoFormer (arXiv:2104.09864), in the half-rotated layout of GP
 """
 
 import torch
+from step_kernels import rope_qk
 
 
 class RotaryTable(torch.nn.Module):
@@ -42,8 +43,8 @@ class RotaryTable(torch.nn.Module):
         )
 
 
-def apply_rotary(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotate `x` `[T, heads, head_width]` by the cosine and sine that `RotaryTable` gave for its tokens."""
-    cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+def apply_rotary(
+    query: torch.Tensor, key: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate query and key `[T, heads, head_width]` by the cosine and sine that `RotaryTable` gave for their tokens."""
+    return rope_qk(query, key, *(part.squeeze(1) for part in rotary))

@@ -1,11 +1,17 @@
-"""rms_norm: equals its definition in float64, forward and backward, for any shape; half precision too."""
+"""rms_norm: equals its definition in float64, forward and backward, for any shape, by every backend; half precision too."""
 
 import pytest
 import torch
 from step_kernels import rms_norm
-from step_kernels.rms_norm import rms_norm_reference
+from step_kernels.rms_norm import _BLOCK, _op, rms_norm_reference
+from support.kernel_checks import backends_here, forced
 
 EPS = 1e-5
+BACKENDS = backends_here("rms_norm")
+
+
+def test_it_has_a_fast_backend_here():
+    assert "cpp" in BACKENDS
 
 
 def tensors(shape, dtype=torch.float32):
@@ -14,8 +20,14 @@ def tensors(shape, dtype=torch.float32):
     return x.requires_grad_(), torch.randn(shape[-1], generator=generator).to(dtype).requires_grad_(), gradient
 
 
-@pytest.mark.parametrize("shape", [(7, 1, 40), (3, 5, 64), (1, 8), (0, 1, 16)])
-def test_equals_the_float64_reference_with_gradients(shape):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(7, 1, 40), (3, 5, 64), (1, 8), (5, 1), (0, 1, 16), (2 * _BLOCK + 3, 1, 37), (_BLOCK, 129)])
+def test_equals_the_float64_reference_with_gradients(shape, backend):
+    with forced(backend):
+        check(shape)
+
+
+def check(shape):
     x, weight, gradient = tensors(shape)
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     expected = rms_norm_reference(*exact, EPS)
@@ -26,7 +38,13 @@ def test_equals_the_float64_reference_with_gradients(shape):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_a_gradient_and_an_input_that_are_not_contiguous():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_and_an_input_that_are_not_contiguous(backend):
+    with forced(backend):
+        check_turned()
+
+
+def check_turned():
     x, weight, gradient = tensors((6, 4, 32))
     turned = rms_norm(x.transpose(0, 1), weight, EPS)
     expected = rms_norm_reference(x.transpose(0, 1), weight, EPS)
@@ -55,3 +73,26 @@ def test_a_row_does_not_depend_on_the_others():
     x, weight, _ = tensors((50, 256))
     whole = rms_norm(x, weight, EPS)
     assert all(torch.equal(rms_norm(x[i : i + 1], weight, EPS)[0], whole[i]) for i in (0, 17, 49))
+
+
+def test_the_weights_gradient_does_not_depend_on_the_threads():
+    x, weight, gradient = tensors((300, 64))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(torch.autograd.grad(rms_norm(x, weight, EPS), (x, weight), gradient))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for other in found[1:] for one, two in zip(found[0], other, strict=True))
+
+
+def test_a_weight_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="one weight for each column"):
+        rms_norm(torch.zeros(3, 4), torch.ones(5), EPS)
+
+
+@pytest.mark.parametrize("shape", [(7, 1, 40), (0, 16)])
+def test_registration(shape):
+    x, weight, _ = tensors(shape)
+    torch.library.opcheck(_op, (x, weight, EPS))

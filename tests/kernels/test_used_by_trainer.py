@@ -13,6 +13,9 @@ TRAINING = {
     "merge_audio_embeddings",
     "causal_attention_varlen",
     "linear_cross_entropy",
+    "rope_qk",
+    "rms_norm",
+    "swiglu",
 }
 
 

@@ -79,7 +79,7 @@ def test_rotary_equals_transformers():
     x = torch.randn(6, 4, 16, generator=torch.Generator().manual_seed(0))
     cos, sin = Qwen2RotaryEmbedding(config)(x, positions[None])
     expected, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
-    actual = apply_rotary(x, RotaryTable(16, 1024, 1e6)(positions, torch.float32))
+    actual, _ = apply_rotary(x, x, RotaryTable(16, 1024, 1e6)(positions, torch.float32))
     torch.testing.assert_close(actual, expected[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
 
 
@@ -88,7 +88,7 @@ def test_a_rotated_product_depends_on_the_distance_only():
     a, b = torch.randn(2, 1, 1, 16, generator=torch.Generator().manual_seed(1))
 
     def product(i, j):
-        turned = [apply_rotary(x, table(torch.tensor([p]), torch.float32)) for x, p in ((a, i), (b, j))]
+        turned = [apply_rotary(x, x, table(torch.tensor([p]), torch.float32))[0] for x, p in ((a, i), (b, j))]
         return (turned[0] * turned[1]).sum()
 
     torch.testing.assert_close(product(3, 10), product(40, 47), rtol=1e-4, atol=1e-4)
