@@ -1,9 +1,9 @@
 """Read, merge, check and write configurations.
 
 `load_config(recipe, overrides)` merges, in rising order: defaults of the schema, the model preset that the recipe or an
-override names, the recipe (YAML), the overrides (`key.path=value`, the value read as YAML). An unknown key is an error that
-names the place and the nearest key that exists; a value of the wrong type is an error that names the key, the value and the
-type expected.
+override names (or the model that `model.weights` names), the recipe (YAML), the overrides (`key.path=value`, the value read as
+YAML). An unknown key is an error that names the place and the nearest key that exists; a value of the wrong type is an error that
+names the key, the value and the type expected.
 """
 
 import copy
@@ -17,9 +17,26 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from step_megatron.config.schema import Config
+from step_megatron.config.schema import Config, ModelConfig
 
 PRESETS = Path(__file__).parent / "presets"
+RUN_CONFIG = "config.yaml"
+# The fields of `megatron.transformer` that make a model: with another value its weights would not fit, or mean something else.
+MODEL_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "layernorm_epsilon",
+    "add_qkv_bias",
+    "add_bias_linear",
+    "gated_linear_unit",
+    "activation_func",
+    "qk_layernorm",
+    "softmax_scale",
+)
 
 
 class ConfigError(ValueError):
@@ -40,30 +57,54 @@ def load_config(recipe: str | Path | None = None, overrides: list[str] | tuple[s
     if recipe is not None:
         layers.append((str(recipe), _read_yaml(Path(recipe))))
     layers.extend((f"override {text!r}", _parse_override(text)) for text in overrides)
-    preset = Config().model.preset
-    for _, tree in layers:
-        model = tree.get("model")
-        if isinstance(model, dict) and "preset" in model:
-            preset = model["preset"]
-    layers.insert(0, (f"preset {preset}", preset_tree(preset)))
     merged: dict = {}
     for origin, tree in layers:
         _check_keys(tree, Config, origin, "")
         merged = _merge(merged, tree)
-    return _build(Config, merged, "")
+    return _build(Config, _merge(_base(merged), merged), "")
 
 
 def preset_tree(name: str) -> dict:
-    """The YAML tree of a model preset, by name.
+    """The YAML tree of a model preset, by name; nothing for the empty name.
 
     Raises:
         ConfigError: no such preset; lists those there are.
     """
+    if not name:
+        return {}
     path = PRESETS / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
         raise ConfigError(f"model.preset: no preset {name!r}; there are {known}")
     return _read_yaml(path)
+
+
+def weights_tree(directory: str | Path) -> dict:
+    """What a run or an imported model decides of a run that starts from it: sizes, encoder, adaptor, tokenizer, precision.
+
+    Raises:
+        ConfigError: no `config.yaml` there, or a damaged one.
+    """
+    path = Path(directory) / RUN_CONFIG
+    if not path.is_file():
+        raise ConfigError(f"model.weights: {path} is missing; give a run's directory, or one that `convert import` wrote")
+    tree = _read_yaml(path)
+    given = tree.get("megatron", {}).get("transformer", {})
+    kept = {name: tree[name] for name in ("model", "encoder", "adaptor", "tokenizer") if name in tree}
+    # Which parameters train is a matter of the run, not of the model.
+    kept["model"] = {name: value for name, value in kept.get("model", {}).items() if name not in ("weights", "freeze")}
+    fields = (*MODEL_FIELDS, "bf16", "params_dtype")
+    return kept | {"megatron": {"transformer": {name: given[name] for name in fields if name in given}}}
+
+
+def _base(given: dict) -> dict:
+    """The layer under everything that is given: the sizes of the model that `model.weights` names, or the preset's."""
+    model = given.get("model", {})
+    if model.get("weights"):
+        # A saved configuration names every field itself: it is read also where the weights it once started from are gone.
+        saved = get_type_hints(ModelConfig).keys() <= model.keys()
+        return {} if saved else weights_tree(model["weights"])
+    return preset_tree(model.get("preset", Config().model.preset))
 
 
 def to_dict(config: Config) -> dict:
@@ -76,6 +117,7 @@ def with_absolute_paths(config: Config) -> Config:
     config = copy.deepcopy(config)
     named = [(config.run, "dir"), (config.tokenizer, "path"), (config.data, "index"), (config.audio, "cache_dir")]
     named += [(source, "path") for source in (*config.data.sources, *config.data.validation)]
+    named.append((config.model, "weights"))
     if config.encoder.weights != "random":
         named.append((config.encoder, "weights"))
     for section, name in named:

@@ -60,7 +60,11 @@ class AdaptorConfig:
 class ModelConfig:
     """What the decoder needs beyond Megatron's own `TransformerConfig`."""
 
+    # Sizes by name (`config/presets`); empty for none, where every size is given.
     preset: str = "step-audio-32b"
+    # A directory that `convert import` wrote, or a run: training starts from the weights of its newest checkpoint, with a new
+    # optimizer; its sizes, encoder and tokenizer take the place of the preset's.
+    weights: str = ""
     vocabulary_size: int = 158720
     max_positions: int = 65536
     rotary_base: float = 1e6

@@ -111,7 +111,7 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
     audio = _encoded_audio(config, runtime, index, _passes(config, loader, validation), clips) if clips else None
     if audio is not None and audio.cache is not None:
         audio.prepare(_clips(loader, validation))
-    state = build_state(config, runtime.control_group)
+    state = build_state(config, runtime.control_group, resumes=checkpoint is not None)
     sources = tuple(dict.fromkeys([*loader.source_names, *(validation.source_names if validation else ())]))
     meter = Meter(
         sources,

@@ -7,34 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from step_megatron.config import load_config, save, with_absolute_paths
-from step_megatron.config.load import ConfigError, to_dict
+from step_megatron.config.load import MODEL_FIELDS, RUN_CONFIG, ConfigError, to_dict
 from step_megatron.config.schema import Config
 from step_megatron.runtime.device import Runtime
 from step_megatron.runtime.progress import get_logger
 
-_CONFIG = "config.yaml"
 # What makes the model: with another value a checkpoint's weights would not fit, or would mean something else, without an error.
 _MODEL = ("model.", "encoder.", "adaptor.", "tokenizer.")
-_MODEL_FIELDS = tuple(
-    f"megatron.transformer.{name}"
-    for name in (
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-        "layernorm_epsilon",
-        "add_qkv_bias",
-        "add_bias_linear",
-        "gated_linear_unit",
-        "activation_func",
-        "qk_layernorm",
-        "softmax_scale",
-    )
-)
-# The torch layers and Transformer Engine's read the same checkpoint.
-_EXCEPT = ("model.layers",)
+_MODEL_FIELDS = tuple(f"megatron.transformer.{name}" for name in MODEL_FIELDS)
+# The torch layers and Transformer Engine's read the same checkpoint; where a run began is past when it goes on.
+_EXCEPT = ("model.layers", "model.weights")
 
 logger = get_logger(__name__)
 
@@ -44,7 +26,7 @@ def write_record(config: Config, runtime: Runtime) -> None:
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     # Evaluation and chat read it from wherever they are started.
-    save(with_absolute_paths(config), folder / _CONFIG)
+    save(with_absolute_paths(config), folder / RUN_CONFIG)
     packages = ("step-megatron", "torch", "megatron-core", "numpy", "nvidia-dali-cuda130")
     record = {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
@@ -62,7 +44,7 @@ def check_record(config: Config, runtime: Runtime) -> None:
     Raises:
         ConfigError: a difference in the model, or in what is needed to read it; names the key.
     """
-    path = Path(config.run.dir) / _CONFIG
+    path = Path(config.run.dir) / RUN_CONFIG
     if not path.is_file():
         return
     before, now = _flat(to_dict(load_config(path))), _flat(to_dict(with_absolute_paths(config)))

@@ -1,6 +1,7 @@
 """What training changes: this rank's model chunks, their optimizer and its schedule, built from a configuration."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -8,6 +9,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
+from step_megatron.checkpoint.distributed import CheckpointError, latest_checkpoint, load_model_weights
 from step_megatron.config.schema import Config
 from step_megatron.model.audio_lm import build_model
 from step_megatron.model.decoder import transformer_config
@@ -28,21 +30,33 @@ class TrainState:
     scheduler: OptimizerParamScheduler
 
 
-def build_state(config: Config, control_group: dist.ProcessGroup | None = None) -> TrainState:
-    """Build everything that a training step changes; needs `runtime.initialize(config)`.
+def build_state(config: Config, control_group: dist.ProcessGroup | None = None, resumes: bool = False) -> TrainState:
+    """Build everything that a training step changes, the weights drawn or those of `model.weights`; needs `runtime.initialize`.
 
     Args:
         control_group: `Runtime.control_group`, over which `model.freeze` is checked against the whole model.
+        resumes: a checkpoint of the run itself will be loaded next, so `model.weights` is not read.
 
     Raises:
         ConfigError, ValueError: settings that Megatron does not have or refuses; the message names the key.
+        CheckpointError: `model.weights` has no checkpoint, or one of another model.
     """
     transformer = transformer_config(config)
     optimizer_config = optimizers.build_optimizer_config(config.megatron, transformer)
     chunks = build_model(config, transformer)
+    if config.model.weights and not resumes:
+        # Before the optimizer copies them into its own precision.
+        load_model_weights(chunks, _starting_weights(config.model.weights))
     freeze(chunks, config.model.freeze, control_group)
     model = optimizers.wrap_data_parallel(chunks, transformer, optimizers.build_ddp_config(config.megatron))
     optimizer = optimizers.build_optimizer(optimizer_config, model)
     scheduler = build_scheduler(config.training, optimizer_config, optimizer)
     optimizers.connect_gradients(transformer, model, optimizer)
     return TrainState(transformer, model, optimizer, scheduler)
+
+
+def _starting_weights(directory: str) -> Path:
+    checkpoint = latest_checkpoint(directory)
+    if checkpoint is None:
+        raise CheckpointError(f"model.weights: {directory} has no checkpoint; give a run, or what `convert import` wrote")
+    return checkpoint

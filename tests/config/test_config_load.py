@@ -85,3 +85,24 @@ def test_words_and_numbers_are_read_as_yaml_1_2_has_them(tmp_path):
     assert (config.audio.cache, config.model.tie_embeddings, config.megatron.optimizer["lr"]) == ("off", True, 1e-4)
     save(config, tmp_path / "resolved.yaml")
     assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_weights_of_another_run_bring_its_sizes_in_place_of_a_preset(tmp_path):
+    start = tmp_path / "imported"
+    start.mkdir()
+    text = "{preset: '', vocabulary_size: 77, freeze: [adaptor.*]}\nencoder: {width: 12}\ntokenizer: {path: /t}\n"
+    sizes = "{num_layers: 3, hidden_size: 24, tensor_model_parallel_size: 2}"
+    (start / "config.yaml").write_text(
+        f"model: {text}training: {{steps: 9}}\nmegatron: {{transformer: {sizes}, optimizer: {{lr: 3.0}}}}\n"
+    )
+    path = recipe(tmp_path, "model: {preset: step-audio-32b}\nadaptor: {width: 5}\ntraining: {steps: 2}\n")
+    config = load_config(path, [f"model.weights={start}"])
+    assert (config.model.vocabulary_size, config.encoder.width, config.adaptor.width, config.tokenizer.path) == (77, 12, 5, "/t")
+    # Sizes, and neither the preset's precision nor the layout, the freezing or the training of the run that it starts from.
+    assert config.megatron.transformer == {"num_layers": 3, "hidden_size": 24}
+    assert (config.model.freeze, config.training.steps, config.megatron.optimizer) == ([], 2, {})
+    save(config, tmp_path / "resolved.yaml")
+    (start / "config.yaml").unlink()
+    assert load_config(tmp_path / "resolved.yaml") == config
+    with pytest.raises(ConfigError, match="model.weights: .*config.yaml is missing"):
+        load_config(path, [f"model.weights={start}"])

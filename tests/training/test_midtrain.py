@@ -63,6 +63,19 @@ def test_only_the_newest_checkpoints_stay(worker_pool, data, tmp_path):
     assert latest_checkpoint(tmp_path).name == "step_00000006"
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_starts_from_the_weights_of_another_with_a_new_optimizer(processes, worker_pool, data, uninterrupted, tmp_path):
+    """Nothing is learnt at a learning rate of 0, so what is measured is what the other run measured at its end."""
+    run_dir, summary = uninterrupted
+    extra = [f"model.weights={run_dir}", "megatron.optimizer.lr=0.0", "training.steps=1", "training.lr_warmup_steps=0"]
+    extra.append(f"megatron.transformer.tensor_model_parallel_size={processes}")
+    started = worker_pool(processes).run(train, {"data": data, "run_dir": str(tmp_path), "extra": tuple(extra)})[0]
+    assert started["validation_loss"] == pytest.approx(summary["validation_loss"], rel=0 if processes == 1 else 1e-6)
+    # Its first step is a first step: it goes through the data, and counts, from the beginning.
+    (line,) = lines(tmp_path)
+    assert line["step"] == 1 and line["tokens"] == lines(run_dir)[0]["tokens"]
+
+
 def test_a_run_that_was_told_to_stop_goes_on_with_the_same_numbers(worker_pool, data, uninterrupted, tmp_path):
     stopped = worker_pool(1).run(train, {"data": data, "run_dir": str(tmp_path), "signal_at": 2})[0]
     assert stopped["steps"] == 2 and stopped["interrupted"] == "SIGTERM" and Path(stopped["checkpoint"]).name == "step_00000002"
