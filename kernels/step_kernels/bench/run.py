@@ -14,6 +14,7 @@ from step_kernels.bench.harness import measure
 OPS = {
     "pool-norm-downsample": "segment_ops",
     "conv-downsample-gelu": "segment_ops",
+    "fused-downsample": "segment_ops",
     "merge-audio": "segment_ops",
     "gae": "segment_ops",
     "audio-attention": "attention",
