@@ -73,7 +73,7 @@ def test_a_run_starts_from_the_weights_of_another_with_a_new_optimizer(processes
     assert started["validation_loss"] == pytest.approx(summary["validation_loss"], rel=0 if processes == 1 else 1e-6)
     # Its first step is a first step: it goes through the data, and counts, from the beginning.
     (line,) = lines(tmp_path)
-    assert line["step"] == 1 and line["tokens"] == lines(run_dir)[0]["tokens"]
+    assert line["step"] == 1 and line["padding_share"] == lines(run_dir)[0]["padding_share"]
 
 
 def test_a_run_that_was_told_to_stop_goes_on_with_the_same_numbers(worker_pool, data, uninterrupted, tmp_path):
