@@ -16,6 +16,22 @@ from step_kernels.segments import cumulative
 from torch import nn
 
 from step_megatron.config.schema import AdaptorConfig, EncoderConfig
+from step_megatron.model.mapping import Entry
+
+
+def adaptor_entries(encoder: EncoderConfig, config: AdaptorConfig, out_width: int, prefix: str) -> list[Entry]:
+    """The adaptor's parameters, and their names in a layout where they begin with `prefix`."""
+    width, inner = encoder.width, config.width
+    shapes = {"linear.weight": (out_width, width), "linear.bias": (out_width,)}
+    if config.kind == "step":
+        shapes = {
+            "conv.weight": (width, width, 3),
+            "conv.bias": (width,),
+            "linear1.weight": (inner, width),
+            "linear1.bias": (inner,),
+        }
+        shapes |= {"linear2.weight": (out_width, inner), "linear2.bias": (out_width,)}
+    return [Entry(name, ((prefix + name, shape),)) for name, shape in shapes.items()]
 
 
 class PackedConv(nn.Conv1d):

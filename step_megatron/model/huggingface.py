@@ -12,45 +12,58 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from step_megatron.model import weights
+from step_megatron.model.mapping import Entry, problems
 
-# Ours -> theirs, outside and inside of layers.
-_OUTER = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
-}
-_INNER = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-}
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+
+
+def decoder_entries(config: TransformerConfig, vocabulary: int, tied: bool) -> list[Entry]:
+    """How every parameter of a `GPTModel` is made of Hugging Face's, in the order of the layers.
+
+    Args:
+        config: gives layers, widths, heads and groups.
+        vocabulary: rows of the embeddings.
+        tied: the output layer is the embedding, and has no tensor of its own.
+    """
+    width, inner = config.hidden_size, config.ffn_hidden_size
+    queries, keys = config.num_attention_heads * config.kv_channels, config.num_query_groups * config.kv_channels
+    entries = [Entry(EMBEDDING, (("model.embed_tokens.weight", (vocabulary, width)),))]
+    for layer in range(config.num_layers):
+        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        entries.append(Entry(f"{ours}input_layernorm.weight", ((f"{theirs}input_layernorm.weight", (width,)),)))
+        for part, columns in (("weight", (width,)), ("bias", ())) if config.add_qkv_bias else (("weight", (width,)),):
+            rows = (("q", queries), ("k", keys), ("v", keys))
+            parts = tuple((f"{theirs}self_attn.{letter}_proj.{part}", (count, *columns)) for letter, count in rows)
+            entries.append(Entry(f"{ours}self_attention.linear_qkv.{part}", parts, groups=config.num_query_groups))
+        entries.append(
+            Entry(f"{ours}self_attention.linear_proj.weight", ((f"{theirs}self_attn.o_proj.weight", (width, queries)),))
+        )
+        entries.append(Entry(f"{ours}pre_mlp_layernorm.weight", ((f"{theirs}post_attention_layernorm.weight", (width,)),)))
+        halves = tuple((f"{theirs}mlp.{half}_proj.weight", (inner, width)) for half in ("gate", "up"))
+        entries.append(Entry(f"{ours}mlp.linear_fc1.weight", halves))
+        entries.append(Entry(f"{ours}mlp.linear_fc2.weight", ((f"{theirs}mlp.down_proj.weight", (width, inner)),)))
+    entries.append(Entry("decoder.final_layernorm.weight", (("model.norm.weight", (width,)),)))
+    if not tied:
+        entries.append(Entry(OUTPUT, (("lm_head.weight", (vocabulary, width)),)))
+    return entries
 
 
 def from_huggingface(state: Mapping[str, torch.Tensor], config: TransformerConfig, tied: bool) -> dict[str, torch.Tensor]:
-    """Full parameters of a `GPTModel` (see `weights`) from a Hugging Face state dict.
+    """Full parameters of a `GPTModel` (see `weights`) from a Hugging Face state dict; tensors beside the parameters are let be.
 
     Args:
         state: tensors of `Qwen2ForCausalLM` or `LlamaForCausalLM`, at least the parameters.
-        config: gives layers, heads and groups.
-        tied: the output layer is the embedding, and has no tensor of its own.
+        config, tied: as of `decoder_entries`.
 
     Raises:
-        KeyError: a tensor that the model needs and `state` lacks.
-        ValueError: a tensor that does not have the configuration's shape.
+        ValueError: tensors that the model needs and `state` lacks, or that do not have the configuration's shape; names them all.
     """
-    full = {ours: _take(state, theirs) for ours, theirs in _OUTER.items() if not (tied and ours == "output_layer.weight")}
-    for layer in range(config.num_layers):
-        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for name, other in _INNER.items():
-            full[ours + name] = _take(state, theirs + other)
-        full[ours + "mlp.linear_fc1.weight"] = torch.cat(
-            [_take(state, f"{theirs}mlp.{half}_proj.weight") for half in ("gate", "up")]
-        )
-        for part in ("weight", "bias") if config.add_qkv_bias else ("weight",):
-            q, k, v = (_take(state, f"{theirs}self_attn.{letter}_proj.{part}") for letter in "qkv")
-            full[f"{ours}self_attention.linear_qkv.{part}"] = _join_qkv(f"{theirs}self_attn", q, k, v, config)
-    return full
+    embedding = state.get("model.embed_tokens.weight")
+    entries = decoder_entries(config, 0 if embedding is None else embedding.shape[0], tied)
+    if found := problems(entries, {name: tuple(tensor.shape) for name, tensor in state.items()}, lambda name: True):
+        raise ValueError("not this model:\n" + "\n".join(found))
+    return {entry.ours: entry.join([state[name] for name, _ in entry.theirs]) for entry in entries}
 
 
 def to_huggingface(full: Mapping[str, torch.Tensor], config: TransformerConfig, tied: bool) -> dict[str, torch.Tensor]:
@@ -58,16 +71,10 @@ def to_huggingface(full: Mapping[str, torch.Tensor], config: TransformerConfig, 
 
     With tied embeddings there is no `lm_head.weight`.
     """
-    state = {theirs: _take(full, ours) for ours, theirs in _OUTER.items() if not (tied and ours == "output_layer.weight")}
-    for layer in range(config.num_layers):
-        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for name, other in _INNER.items():
-            state[theirs + other] = _take(full, ours + name)
-        gate, up = _take(full, ours + "mlp.linear_fc1.weight").chunk(2)
-        state[f"{theirs}mlp.gate_proj.weight"], state[f"{theirs}mlp.up_proj.weight"] = gate, up
-        for part in ("weight", "bias") if config.add_qkv_bias else ("weight",):
-            parts = _split_qkv(_take(full, f"{ours}self_attention.linear_qkv.{part}"), config)
-            state.update({f"{theirs}self_attn.{letter}_proj.{part}": tensor for letter, tensor in zip("qkv", parts, strict=True)})
+    state = {}
+    for entry in decoder_entries(config, full[EMBEDDING].shape[0], tied):
+        parts = entry.split(full[entry.ours])
+        state.update({name: part for (name, _), part in zip(entry.theirs, parts, strict=True)})
     return state
 
 
@@ -96,25 +103,3 @@ def gather(model_chunks: Iterable[torch.nn.Module], attribute: str | None = None
         for name, tensor in tensors.items():
             shards.setdefault(name, {})[rank] = tensor
     return {name: weights.merge(name, [parts[rank] for rank in sorted(parts)]) for name, parts in shards.items()}
-
-
-def _take(state: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    if name not in state:
-        raise KeyError(f"no tensor {name} among the {len(state)} given: is it another model, or another number of layers?")
-    return state[name]
-
-
-def _join_qkv(where: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
-    groups, width = config.num_query_groups, config.kv_channels
-    heads = config.num_attention_heads
-    for letter, tensor, rows in (("q", q, heads * width), ("k", k, groups * width), ("v", v, groups * width)):
-        if tensor.shape[0] != rows:
-            raise ValueError(f"{where}.{letter}_proj has {tensor.shape[0]} rows, the configuration wants {rows}")
-    return torch.cat([tensor.unflatten(0, (groups, -1)) for tensor in (q, k, v)], dim=1).flatten(0, 1)
-
-
-def _split_qkv(joined: torch.Tensor, config: TransformerConfig) -> tuple[torch.Tensor, ...]:
-    per_group = config.num_attention_heads // config.num_query_groups * config.kv_channels
-    sizes = [per_group, config.kv_channels, config.kv_channels]
-    parts = joined.unflatten(0, (config.num_query_groups, -1)).split(sizes, dim=1)
-    return tuple(part.flatten(0, 1) for part in parts)

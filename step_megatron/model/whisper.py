@@ -12,14 +12,15 @@ Source of the CTranslate2 layout: its `model_spec.py` (binary version 6): little
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
 
+from step_megatron.checkpoint.safetensors_files import SafetensorsFiles
 from step_megatron.config.schema import EncoderConfig
+from step_megatron.model.mapping import Entry
 
 _CTRANSLATE2_VERSION = 6
 _CTRANSLATE2_TYPES = {
@@ -31,20 +32,23 @@ _CTRANSLATE2_TYPES = {
     5: torch.bfloat16,
 }
 
-# Hugging Face name -> released name. Both WhisperEncoder and Qwen2AudioEncoder; the norms' names are traps.
-_HUGGINGFACE = (
-    (r"embed_positions\.weight", r"positional_embedding.weight"),
-    (r"layer_norm\.(\w+)", r"after_norm.\1"),
-    (r"layers\.(\d+)\.self_attn_layer_norm\.(\w+)", r"blocks.\1.attn_ln.\2"),
-    (r"layers\.(\d+)\.final_layer_norm\.(\w+)", r"blocks.\1.mlp_ln.\2"),
-    (r"layers\.(\d+)\.self_attn\.q_proj\.(\w+)", r"blocks.\1.attn.query.\2"),
-    (r"layers\.(\d+)\.self_attn\.k_proj\.(\w+)", r"blocks.\1.attn.key.\2"),
-    (r"layers\.(\d+)\.self_attn\.v_proj\.(\w+)", r"blocks.\1.attn.value.\2"),
-    (r"layers\.(\d+)\.self_attn\.out_proj\.(\w+)", r"blocks.\1.attn.out.\2"),
-    (r"layers\.(\d+)\.fc1\.(\w+)", r"blocks.\1.mlp.0.\2"),
-    (r"layers\.(\d+)\.fc2\.(\w+)", r"blocks.\1.mlp.2.\2"),
-    (r"(conv[12]\.\w+)", r"\1"),
-)
+# Hugging Face module (WhisperEncoder, Qwen2AudioEncoder) -> released module, N a layer's number. The norms' names are traps.
+_HUGGINGFACE = {
+    "conv1": "conv1",
+    "conv2": "conv2",
+    "embed_positions": "positional_embedding",
+    "layers.N.self_attn_layer_norm": "blocks.N.attn_ln",
+    "layers.N.self_attn.q_proj": "blocks.N.attn.query",
+    "layers.N.self_attn.k_proj": "blocks.N.attn.key",
+    "layers.N.self_attn.v_proj": "blocks.N.attn.value",
+    "layers.N.self_attn.out_proj": "blocks.N.attn.out",
+    "layers.N.final_layer_norm": "blocks.N.mlp_ln",
+    "layers.N.fc1": "blocks.N.mlp.0",
+    "layers.N.fc2": "blocks.N.mlp.2",
+    "layer_norm": "after_norm",
+}
+_RELEASED = {released: theirs for theirs, released in _HUGGINGFACE.items()}
+_LAYER = re.compile(r"^(layers|blocks)\.(\d+)\.")
 _PREFIXES = ("model.encoder.", "audio_tower.", "model.audio_tower.", "encoder.", "")
 
 
@@ -55,6 +59,18 @@ def sinusoids(positions: int, width: int) -> torch.Tensor:
     return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2)).float()
 
 
+def _renamed(name: str, modules: Mapping[str, str]) -> str:
+    """The name with its module replaced; a KeyError for a module that is not the encoder's."""
+    layer = _LAYER.match(name)
+    module, _, part = (_LAYER.sub(r"\1.N.", name) if layer else name).rpartition(".")
+    return f"{modules[module].replace('.N.', f'.{layer[2]}.') if layer else modules[module]}.{part}"
+
+
+def huggingface_name(released: str) -> str:
+    """The name in a WhisperEncoder or Qwen2AudioEncoder of one of the encoder's tensors."""
+    return _renamed(released, _RELEASED)
+
+
 def from_huggingface(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename a WhisperEncoder's or Qwen2AudioEncoder's state dict (no prefix) to released names.
 
@@ -63,17 +79,39 @@ def from_huggingface(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     """
     renamed = {}
     for name, tensor in state.items():
-        for pattern, target in _HUGGINGFACE:
-            if match := re.fullmatch(pattern, name):
-                renamed[match.expand(target)] = tensor
-                break
-        else:
-            raise ValueError(f"{name} is not a tensor of a WhisperEncoder or Qwen2AudioEncoder")
+        try:
+            renamed[_renamed(name, _HUGGINGFACE)] = tensor
+        except KeyError:
+            raise ValueError(f"{name} is not a tensor of a WhisperEncoder or Qwen2AudioEncoder") from None
     return renamed
 
 
+def encoder_entries(config: EncoderConfig, theirs: Callable[[str], str]) -> list[Entry]:
+    """The encoder's tensors by their released names, and how another layout calls them (`theirs`)."""
+    width, inner = config.width, config.ffn_width
+    shapes: dict[str, tuple[int, ...]] = {
+        "conv1.weight": (width, config.mels, 3),
+        "conv1.bias": (width,),
+        "conv2.weight": (width, width, 3),
+        "conv2.bias": (width,),
+        "positional_embedding.weight": (config.max_positions, width),
+    }
+    for layer in range(config.layers):
+        block = f"blocks.{layer}"
+        for norm in ("attn_ln", "mlp_ln"):
+            shapes |= {f"{block}.{norm}.{part}": (width,) for part in ("weight", "bias")}
+        for name in ("query", "key", "value", "out"):
+            shapes[f"{block}.attn.{name}.weight"] = (width, width)
+            # Whisper's keys have no bias.
+            shapes |= {f"{block}.attn.{name}.bias": (width,)} if name != "key" else {}
+        shapes |= {f"{block}.mlp.0.weight": (inner, width), f"{block}.mlp.0.bias": (inner,)}
+        shapes |= {f"{block}.mlp.2.weight": (width, inner), f"{block}.mlp.2.bias": (width,)}
+    shapes |= {f"after_norm.{part}": (width,) for part in ("weight", "bias")}
+    return [Entry(name, ((theirs(name), shape),)) for name, shape in shapes.items()]
+
+
 def from_ctranslate2(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename the `encoder/` tensors of a CTranslate2 Whisper model, as float32.
+    """Rename the `encoder/` tensors of a CTranslate2 Whisper model; query, key and value, stacked there, become three.
 
     Raises:
         KeyError: if a tensor is missing.
@@ -82,7 +120,7 @@ def from_ctranslate2(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     for name, tensor in tensors.items():
         if tensor.dim() and not tensor.is_floating_point():
             raise ValueError(f"{name} is quantised ({tensor.dtype}); convert the model with --quantization float16 or float32")
-    take = {name.removeprefix("encoder/"): tensor.float() for name, tensor in tensors.items()}
+    take = {name.removeprefix("encoder/"): tensor for name, tensor in tensors.items()}
     state = {"positional_embedding.weight": take["position_encodings/encodings"]}
     state |= {f"{conv}.{part}": take[f"{conv}/{part}"] for conv in ("conv1", "conv2") for part in ("weight", "bias")}
 
@@ -177,7 +215,7 @@ class CTranslate2File:
 
 
 def read_encoder_weights(directory: Path, config: EncoderConfig) -> dict[str, torch.Tensor]:
-    """Read the encoder's weights from `directory` under released names, checked against the sizes in `config`.
+    """Read the encoder's weights from `directory` under released names, as float32, checked against the sizes in `config`.
 
     Raises:
         ValueError: if there are no weights, a tensor is missing, or a size differs (names file, setting and both values).
@@ -192,29 +230,26 @@ def read_encoder_weights(directory: Path, config: EncoderConfig) -> dict[str, to
         _check_sizes(source, state, config)
     except KeyError as error:
         raise ValueError(f"{source}: the tensor {error.args[0]} is missing; is it a whole audio encoder?") from None
-    return state
+    return {name: tensor.float() for name, tensor in state.items()}
 
 
 def _from_safetensors(directory: Path) -> dict[str, torch.Tensor]:
     """Collect the encoder's tensors from one or more safetensors files, released or Hugging Face names, any usual prefix."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
+    if not any(directory.glob("*.safetensors")):
         raise ValueError(
             f"encoder.weights: {directory} holds neither model.bin nor *.safetensors; run `step-megatron data fetch`"
         )
-    held: dict[str, Path] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as reader:
-            held |= dict.fromkeys(reader.keys(), file)
-    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}conv1.weight" in held), None)
+    files = SafetensorsFiles(directory)
+    prefix = encoder_prefix(files.tensors)
     if prefix is None:
         raise ValueError(f"{directory}: no tensor is called [prefix]conv1.weight; is it an audio encoder?")
-    state = {}
-    for name, file in held.items():
-        if name.startswith(prefix):
-            with safe_open(file, framework="pt") as reader:
-                state[name.removeprefix(prefix)] = reader.get_tensor(name).float()
+    state = {name.removeprefix(prefix): files.read(name) for name in files.tensors if name.startswith(prefix)}
     return state if "after_norm.weight" in state else from_huggingface(state)
+
+
+def encoder_prefix(names: Container[str]) -> str | None:
+    """What the encoder's tensors begin with in a checkpoint; None where there is no encoder."""
+    return next((prefix for prefix in _PREFIXES if f"{prefix}conv1.weight" in names), None)
 
 
 def _check_sizes(source: Path, state: Mapping[str, torch.Tensor], config: EncoderConfig) -> None:

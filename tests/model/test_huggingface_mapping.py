@@ -41,13 +41,15 @@ def test_a_missing_tensor_is_named():
     config = small_config()
     state = dict(huggingface_twin(config).state_dict())
     del state["model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(KeyError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+    del state["model.norm.weight"]
+    message = r"missing: model\.layers\.1\.mlp\.up_proj\.weight \[160, 64\]\nmissing: model\.norm"
+    with pytest.raises(ValueError, match=message):
         from_huggingface(state, transformer_config(config), False)
 
 
 def test_other_heads_are_named():
     state = huggingface_twin(small_config()).state_dict()
-    with pytest.raises(ValueError, match=r"k_proj has 32 rows, the configuration wants 64"):
+    with pytest.raises(ValueError, match=r"k_proj.weight is \[32, 64\], the configuration wants \[64, 64\]"):
         from_huggingface(state, transformer_config(small_config(num_query_groups=4)), False)
 
 
