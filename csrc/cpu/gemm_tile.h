@@ -17,54 +17,88 @@ static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of the next tile where `rest` rows are left: they are shared out evenly, 6 + 1 becomes 4 + 3.
-static inline int64_t tile_rows(int64_t rest) { return divided_up(rest, divided_up(rest, kTileRows)); }
-
-// `row` and `step` are distances between elements: a matrix or its transpose.
+// The left operand: `stride` is the distance between its rows, or between its columns where it is read transposed.
 struct Operand {
   const float* data;
-  int64_t row, step;
+  int64_t stride;
 };
 
-template <int Rows, int Vectors, bool Add>
-static inline void tile(Operand a, const float* b, int64_t b_step, int64_t steps, float* c, int64_t c_row) {
+// The pragmas have the loops unrolled before the compiler gives registers to arrays: else the tile takes the way through memory.
+template <int Rows, int Vectors, bool Transposed, bool Add>
+static inline __attribute__((always_inline)) void tile(Operand a, const float* b, int64_t b_step, int64_t steps, float* c,
+                                                       int64_t c_row) {
   vec total[Rows][Vectors];
+#pragma GCC unroll 8
   for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; v++) total[r][v] = Add ? load(c + r * c_row + v * kLanes) : vec{};
+#pragma GCC unroll 4
   for (int64_t step = 0; step < steps; step++) {
     vec columns[Vectors];
-    for (int v = 0; v < Vectors; v++) columns[v] = load(b + v * kLanes);
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; v++) columns[v] = load(b + step * b_step + v * kLanes);
+#pragma GCC unroll 8
     for (int r = 0; r < Rows; r++) {
-      const vec factor = splat(a.data[r * a.row]);
+      const vec factor = splat(Transposed ? a.data[step * a.stride + r] : a.data[r * a.stride + step]);
+#pragma GCC unroll 4
       for (int v = 0; v < Vectors; v++) total[r][v] += factor * columns[v];
     }
-    a.data += a.step;
-    b += b_step;
   }
+#pragma GCC unroll 8
   for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; v++) store(c + r * c_row + v * kLanes, total[r][v]);
 }
 
-template <int Vectors, bool Add>
-static inline void tile_of(int64_t rows, Operand a, const float* b, int64_t b_step, int64_t steps, float* c, int64_t c_row) {
-  switch (rows) {
-    case 1: return tile<1, Vectors, Add>(a, b, b_step, steps, c, c_row);
-    case 2: return tile<2, Vectors, Add>(a, b, b_step, steps, c, c_row);
-    case 3: return tile<3, Vectors, Add>(a, b, b_step, steps, c, c_row);
-    case 4: return tile<4, Vectors, Add>(a, b, b_step, steps, c, c_row);
-    case 5: return tile<5, Vectors, Add>(a, b, b_step, steps, c, c_row);
-    case 6: return tile<6, Vectors, Add>(a, b, b_step, steps, c, c_row);
+// `count` tiles below one another.
+template <int Rows, int Vectors, bool Transposed, bool Add>
+static void tiles(int64_t count, Operand a, const float* b, int64_t b_step, int64_t steps, float* c, int64_t c_row) {
+  for (; count > 0; count--) {
+    tile<Rows, Vectors, Transposed, Add>(a, b, b_step, steps, c, c_row);
+    a.data += Rows * (Transposed ? 1 : a.stride);
+    c += Rows * c_row;
   }
 }
 
-// c[rows, vectors] = (c +) a[rows, steps] b[steps, vectors], at most one tile: rows <= 6, vectors <= 4 (2 with AVX2).
-template <bool Add>
-static void multiply_tile(int64_t rows, int64_t vectors, Operand a, const float* b, int64_t b_step, int64_t steps, float* c,
-                          int64_t c_row) {
-  if (vectors == kTileVectors) return tile_of<kTileVectors, Add>(rows, a, b, b_step, steps, c, c_row);
-  if (vectors == 1) return tile_of<1, Add>(rows, a, b, b_step, steps, c, c_row);
-  if (kTileVectors > 2 && vectors == 2) return tile_of<2, Add>(rows, a, b, b_step, steps, c, c_row);
-  if (kTileVectors > 3 && vectors == 3) return tile_of<3, Add>(rows, a, b, b_step, steps, c, c_row);
+template <int Vectors, bool Transposed, bool Add>
+static inline void tiles_of(int64_t rows, int64_t count, Operand a, const float* b, int64_t b_step, int64_t steps, float* c,
+                            int64_t c_row) {
+  switch (rows) {
+    case 1: return tiles<1, Vectors, Transposed, Add>(count, a, b, b_step, steps, c, c_row);
+    case 2: return tiles<2, Vectors, Transposed, Add>(count, a, b, b_step, steps, c, c_row);
+    case 3: return tiles<3, Vectors, Transposed, Add>(count, a, b, b_step, steps, c, c_row);
+    case 4: return tiles<4, Vectors, Transposed, Add>(count, a, b, b_step, steps, c, c_row);
+    case 5: return tiles<5, Vectors, Transposed, Add>(count, a, b, b_step, steps, c, c_row);
+    case 6: return tiles<6, Vectors, Transposed, Add>(count, a, b, b_step, steps, c, c_row);
+  }
+}
+
+// Rows are shared out evenly over tiles: 7 rows are 4 and 3.
+template <int Vectors, bool Transposed, bool Add>
+static void all_tiles(int64_t rows, Operand a, const float* b, int64_t b_step, int64_t steps, float* c, int64_t c_row) {
+  if (rows <= kTileRows) return tiles_of<Vectors, Transposed, Add>(rows, 1, a, b, b_step, steps, c, c_row);
+  // 32 bits: a division of 64 takes as long as several steps of a tile.
+  const int32_t count = divided_up(rows, kTileRows), least = static_cast<int32_t>(rows) / count, more = rows - least * count;
+  if (more) tiles_of<Vectors, Transposed, Add>(least + 1, more, a, b, b_step, steps, c, c_row);
+  const int64_t done = more * (least + 1);
+  a.data += done * (Transposed ? 1 : a.stride);
+  tiles_of<Vectors, Transposed, Add>(least, count - more, a, b, b_step, steps, c + done * c_row, c_row);
+}
+
+// c[rows, vectors] = (c +) a[rows, steps] b[steps, vectors], at most one panel wide: vectors <= 4 (2 with AVX2), rows > 0.
+template <bool Transposed, bool Add>
+static void multiply_panel(int64_t rows, int64_t vectors, Operand a, const float* b, int64_t b_step, int64_t steps, float* c,
+                           int64_t c_row) {
+  if (vectors == kTileVectors) return all_tiles<kTileVectors, Transposed, Add>(rows, a, b, b_step, steps, c, c_row);
+  if (vectors == 1) return all_tiles<1, Transposed, Add>(rows, a, b, b_step, steps, c, c_row);
+  if (kTileVectors > 2 && vectors == 2) return all_tiles<2, Transposed, Add>(rows, a, b, b_step, steps, c, c_row);
+  if (kTileVectors > 3 && vectors == 3) return all_tiles<3, Transposed, Add>(rows, a, b, b_step, steps, c, c_row);
+}
+
+// Rows of the next tile where `rest` rows are left.
+static inline int64_t tile_rows(int64_t rest) {
+  const int32_t tiles = divided_up(rest, kTileRows);
+  return (static_cast<int32_t>(rest) + tiles - 1) / tiles;
 }
 
 // `rows` rows of `width` values (a multiple of 16) times `factor`, contiguous.

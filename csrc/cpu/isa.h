@@ -37,23 +37,51 @@ static inline vec load_tail(const float* from, int64_t count) {
 }
 static inline void store_tail(float* to, vec value, int64_t count) { std::memcpy(to, &value, sizeof(float) * count); }
 
-static inline float sum(vec value) {
-  float lanes[kLanes], total = 0;
-  store(lanes, value);
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-  total = lanes[0];
-  return total;
-}
-static inline float maximum(vec value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  return lanes[0];
-}
 static inline vec maximum(vec a, vec b) { return a > b ? a : b; }
 static inline vec minimum(vec a, vec b) { return a < b ? a : b; }
+
+// Lane i gets the value of lane i ^ Distance.
+template <int Distance>
+static inline vec swapped(vec value) {
+  ivec lanes;
+  for (int i = 0; i < kLanes; i++) lanes[i] = i ^ Distance;
+  return __builtin_shuffle(value, lanes);
+}
+static inline float sum(vec value) {
+  if constexpr (kLanes > 8) value += swapped<8>(value);
+  if constexpr (kLanes > 4) value += swapped<4>(value);
+  value += swapped<2>(value);
+  value += swapped<1>(value);
+  return value[0];
+}
+static inline float maximum(vec value) {
+  if constexpr (kLanes > 8) value = maximum(value, swapped<8>(value));
+  if constexpr (kLanes > 4) value = maximum(value, swapped<4>(value));
+  value = maximum(value, swapped<2>(value));
+  value = maximum(value, swapped<1>(value));
+  return value[0];
+}
+
+// 2^x for x <= 0 (as far as 127) to two units in the last place, 2^-126 below -126; NaN stays NaN, for maximum gives its second
+// argument where the comparison is false. x = n + r with |r| <= 1/2; 2^r by a polynomial of least relative error.
+static inline vec power_of_two(vec x) {
+  x = maximum(splat(-126.0f), x);
+  const vec shifted = x + splat(12583039.0f);  // 1.5 * 2^23 + 127: rounds to the nearest integer, n + 127 in the lowest bits
+  const vec r = x - (shifted - splat(12583039.0f));
+  vec p = splat(1.5353362e-4f);
+  p = p * r + splat(1.3398874e-3f);
+  p = p * r + splat(9.6184374e-3f);
+  p = p * r + splat(5.5503325e-2f);
+  p = p * r + splat(2.4022648e-1f);
+  p = p * r + splat(6.9314720e-1f);
+  p = p * r + splat(1.0f);
+  ivec bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits <<= 23;
+  vec scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return p * scale;
+}
 
 // e^x to two units in the last place, 0 below -87.3, infinity not reached (inputs are clamped at 88); NaN stays NaN: maximum and
 // minimum give their second argument where the comparison is false.
