@@ -11,6 +11,7 @@ from step_kernels import conv_downsample_gelu, conv_products
 from step_kernels.conv_downsample import _op, conv_downsample_gelu_reference, downsample_taps, upsample_taps
 from step_kernels.segments import cumulative
 from support.kernel_checks import assert_as_good_as_plain, backends_here, forced
+from support.triton_faults import with_fault
 
 WIDTH, OUT = 12, 7
 BACKENDS = backends_here("conv_downsample_gelu")
@@ -123,6 +124,36 @@ def test_bits_depend_neither_on_neighbours_nor_on_threads(tiles):
             results.append(conv_downsample_gelu(other, cumulative(lengths), weight, bias, conv_rows(lengths))[21:371])
     torch.set_num_threads(1)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+FORWARD, WEIGHT = "gathered_matmul_kernel", "gathered_weight_gradient_kernel"
+TAP = "source = tl.load(taps + row * 3 + tap, mask=row < rows, other=-1)\n        inside = "
+PRODUCT, GRADIENT = TAP + "(source >= 0)", TAP + "(row < rows)"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "old", "new"),
+    [
+        (FORWARD, PRODUCT, PRODUCT),
+        # A mask is gone: what lies outside a segment reads the pack's first frame.
+        (FORWARD, PRODUCT, PRODUCT.replace("other=-1)", "other=-1)\n        source = tl.maximum(source, 0)")),
+        (WEIGHT, GRADIENT, GRADIENT.replace("other=-1)", "other=-1)\n        source = tl.maximum(source, 0)")),
+        # A boundary is off by one.
+        (FORWARD, PRODUCT, PRODUCT.replace(">=", ">")),
+        (WEIGHT, GRADIENT, GRADIENT.replace("(row < rows)", "(row < rows - 1)")),
+        (WEIGHT, "range(0, rows, BLOCK_K)", "range(0, rows - BLOCK_K, BLOCK_K)"),
+        # Taps change places, a sum starts anew, the bias has another sign.
+        (FORWARD, PRODUCT, PRODUCT.replace("3 + tap", "3 + 2 - tap")),
+        (WEIGHT, GRADIENT, GRADIENT.replace("3 + tap", "3 + 2 - tap")),
+        (FORWARD, "tl.dot(left, right, total)", "tl.dot(left, right)"),
+        (WEIGHT, "tl.dot(tl.trans(left), right, total)", "tl.dot(tl.trans(left), right)"),
+        (FORWARD, "total += tl.load(bias", "total -= tl.load(bias"),
+    ],
+)
+def test_a_fault_in_the_triton_kernels_is_noticed(tmp_path, kernel, old, new):
+    caught = contextlib.nullcontext() if old == new else pytest.raises(AssertionError, match="off by")
+    with with_fault(tmp_path, "gathered_matmul", kernel, old, new), caught:
+        check("triton", torch.bfloat16, [70, 1, 133], 80, 40)
 
 
 def test_gelu_is_exact_far_out_too():
