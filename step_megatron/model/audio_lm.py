@@ -44,7 +44,7 @@ class AudioLanguageModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = vp_stage
         self.language_model = build_decoder(config, transformer, vp_stage)
-        weights.initialize(self.language_model, config.run.seed)
+        weights.initialize(self.language_model, config.run.seed, config.model.vocabulary_size)
         self.tp_group = self.language_model.tp_group
         self.pre_process = self.language_model.pre_process
         self.post_process = self.language_model.post_process
@@ -55,12 +55,9 @@ class AudioLanguageModel(MegatronModule):
         self._predicted: torch.Tensor | None = None
         if self.post_process:
             self.language_model.decoder.register_forward_hook(self._select_predicted)
-            OutputLayer.adopt(self.language_model.output_layer)
+            OutputLayer.adopt(self.language_model.output_layer, config.model.vocabulary_size)
         if self.pre_process:
-            # The adaptor is whole on every tensor-parallel rank, so all draw it alike, without disturbing the run's generators.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seeds.derive(config.run.seed, "adaptor"))
-                self.adaptor = AudioAdaptor(config.encoder, config.adaptor, transformer.hidden_size)
+            self.adaptor = draw_adaptor(config, transformer.hidden_size)
             self.adaptor.to(device=device, dtype=transformer.params_dtype)
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
@@ -137,6 +134,16 @@ class AudioLanguageModel(MegatronModule):
         if needed and torch.is_grad_enabled() and not embeddings.requires_grad:
             return embeddings.detach().requires_grad_()
         return embeddings
+
+
+def draw_adaptor(config: Config, out_width: int) -> AudioAdaptor:
+    """The adaptor with its weights at the start, drawn from the run's seed without disturbing any generator.
+
+    It is whole on every tensor-parallel rank, so all draw it alike.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.derive(config.run.seed, "adaptor"))
+        return AudioAdaptor(config.encoder, config.adaptor, out_width)
 
 
 def build_model(config: Config, transformer: TransformerConfig | None = None) -> list[AudioLanguageModel]:

@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from step_megatron.config.schema import Config
+from step_megatron.model import weights
 from step_megatron.model.layers import GatedMLP, layer_kind, layer_specification
 from step_megatron.runtime import megatron_release
 
@@ -69,22 +70,21 @@ def transformer_config(config: Config) -> TransformerConfig:
 def build_decoder(config: Config, transformer: TransformerConfig, vp_stage: int | None = None) -> GPTModel:
     """One pipeline stage (or virtual chunk) of the decoder, weights not yet set.
 
-    Positions are `none` for Megatron: the attention rotates by the positions of the packed segments.
+    Positions are `none` for Megatron: the attention rotates by the positions of the packed segments. The vocabulary is padded to
+    what the tensor-parallel ranks share evenly; the rows of padding are zero, and no token (`OutputLayer`).
 
     Raises:
-        ValueError: the vocabulary is not a multiple of the tensor-parallel size.
+        ValueError: more tensor-parallel ranks than the vocabulary has rows for.
     """
     vocabulary, ranks = config.model.vocabulary_size, transformer.tensor_model_parallel_size
-    if vocabulary % ranks:
-        raise ValueError(
-            f"model.vocabulary_size={vocabulary} is not a multiple of tensor_model_parallel_size={ranks}; "
-            f"use {-(-vocabulary // ranks) * ranks} (the rows beyond the tokenizer's ids are never used)"
-        )
+    padded = weights.padded_vocabulary(vocabulary, ranks)
+    if padded - vocabulary >= padded // ranks:
+        raise ValueError(f"model.vocabulary_size={vocabulary} leaves nothing to the last of tensor_model_parallel_size={ranks}")
     kind = layer_kind(config.model.layers)
     model = GPTModel(
         config=transformer,
         transformer_layer_spec=layer_specification(transformer, kind, vp_stage),
-        vocab_size=vocabulary,
+        vocab_size=padded,
         max_sequence_length=config.model.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),

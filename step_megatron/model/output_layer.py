@@ -5,6 +5,7 @@ memory. Here the layer is given the labels and calls `linear_cross_entropy`, whi
 """
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from step_kernels import linear_cross_entropy, linear_log_probs
 
@@ -17,8 +18,11 @@ class OutputLayer(ColumnParallelLinear):
     """
 
     @classmethod
-    def adopt(cls, layer: ColumnParallelLinear) -> None:
+    def adopt(cls, layer: ColumnParallelLinear, vocabulary: int) -> None:
         """Make the layer that Megatron's `GPTModel` has built, and marked as embedding or output, one of this class.
+
+        Args:
+            vocabulary: rows of all ranks together that are tokens; those beyond are padding.
 
         Raises:
             ValueError: a setting of Megatron's own output layer that this one does not have.
@@ -31,6 +35,7 @@ class OutputLayer(ColumnParallelLinear):
         layer.allreduce_dgrad |= layer.sequence_parallel
         layer.sequence_parallel = False
         layer.__class__ = cls
+        layer.vocabulary = vocabulary
 
     def forward(
         self,
@@ -49,14 +54,23 @@ class OutputLayer(ColumnParallelLinear):
             labels: `[1, n]` int64.
             token_weights: `[1, n]` float, known weight of each token's loss.
 
+        Padding is no token: it has no share in a loss, and its logits are -inf.
+
         Returns:
             With `token_weights` the weighted sum, through which gradients flow, and `[1, n]` losses without gradient; with labels
             alone `[1, n]` losses with gradient (the logits are computed again in backward). Float32.
         """
-        if labels is None:
-            return super().forward(input_, weight, runtime_gather_output)
         weight = self.weight if weight is None else weight
-        place = {"vocabulary_start": self.tp_group.rank() * weight.shape[0], "group": self.tp_group}
+        start = self.tp_group.rank() * weight.shape[0]
+        tokens = min(weight.shape[0], self.vocabulary - start)
+        if labels is None:
+            logits, bias = super().forward(input_, weight, runtime_gather_output)
+            end = tokens if logits.shape[-1] == weight.shape[0] else self.vocabulary
+            padding = logits.shape[-1] - end
+            return F.pad(logits[..., :end], (0, padding), value=-torch.inf) if padding else logits, bias
+        if tokens < weight.shape[0]:
+            weight = weight[:tokens]
+        place = {"vocabulary_start": start, "group": self.tp_group}
         hidden, labels = input_.squeeze(1), labels.squeeze(0)
         if token_weights is None:
             return -linear_log_probs(hidden, weight, labels, **place)[0].unsqueeze(0)

@@ -8,8 +8,10 @@ import re
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from step_megatron.runtime import seeds
 
@@ -28,6 +30,8 @@ _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+# Their rows are token ids.
+_VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
 
 
@@ -37,17 +41,27 @@ def cut_dimension(name: str) -> int | None:
 
 
 def shard(name: str, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """Rank `rank`'s part of a full parameter; gate and up halves of `linear_fc1` are cut separately, so each rank has both."""
+    """Rank `rank`'s part of a full parameter.
+
+    Gate and up halves of `linear_fc1` are cut separately, so each rank has both; a vocabulary is padded with zeros.
+    """
     dimension = cut_dimension(name)
     if dimension is None or size == 1:
         return full
     if "linear_fc1" in name:
         return torch.cat([half.chunk(size)[rank] for half in full.chunk(2)])
+    if name.endswith(_VOCABULARY):
+        full = F.pad(full, (0, 0, 0, padded_vocabulary(full.shape[0], size) - full.shape[0]))
     return full.chunk(size, dim=dimension)[rank]
 
 
+def padded_vocabulary(rows: int, size: int) -> int:
+    """Rows of the embeddings with the padding that `size` tensor-parallel ranks need."""
+    return -(-rows // size) * size
+
+
 def merge(name: str, shards: list[torch.Tensor]) -> torch.Tensor:
-    """The full parameter from the parts of all tensor-parallel ranks, in rank order; the inverse of `shard`."""
+    """The full parameter from the parts of all tensor-parallel ranks, in rank order; the inverse of `shard`, padding included."""
     dimension = cut_dimension(name)
     if dimension is None or len(shards) == 1:
         return shards[0]
@@ -83,11 +97,14 @@ def without_layer_number(name: str) -> str:
     return _LAYER.sub("N", name)
 
 
-def initialize(language_model: torch.nn.Module, seed: int) -> None:
+def initialize(language_model: torch.nn.Module, seed: int, vocabulary: int) -> None:
     """Set the weights of one decoder chunk: normal with Megatron's `init_method_std`, zero biases, unit norms.
 
     Projections back into the residual stream have the standard deviation `init_method_std / sqrt(2 * num_layers)`, as in GPT-2
     and Megatron. Every parameter has a generator of its own, seeded by its full name. Parameters on the meta device are skipped.
+
+    Args:
+        vocabulary: rows of the embeddings without their padding.
     """
     config = language_model.config
     rank, size = parallel_state.get_tensor_model_parallel_rank(), config.tensor_model_parallel_size
@@ -103,18 +120,19 @@ def initialize(language_model: torch.nn.Module, seed: int) -> None:
             elif "norm" in name:
                 parameter.fill_(1.0)
             else:
-                parameter.copy_(shard(name, _draw(language_model, name, parameter, seed, size), rank, size))
+                shape = list(parameter.shape)
+                shape[cut_dimension(name)] *= size
+                if name.endswith(_VOCABULARY):
+                    shape[0] = vocabulary
+                parameter.copy_(shard(name, _draw(config, name, shape, parameter.device, seed), rank, size))
 
 
-def _draw(language_model, name: str, parameter: torch.Tensor, seed: int, size: int) -> torch.Tensor:
-    config = language_model.config
-    shape = list(parameter.shape)
-    shape[cut_dimension(name)] *= size
+def _draw(config: TransformerConfig, name: str, shape: list[int], device: torch.device, seed: int) -> torch.Tensor:
     std = config.init_method_std
     if "linear_proj" in name or "linear_fc2" in name:
         std /= (2 * config.num_layers) ** 0.5
-    generator = torch.Generator(parameter.device).manual_seed(seeds.derive(seed, name))
-    return torch.randn(shape, generator=generator, device=parameter.device) * std
+    generator = torch.Generator(device).manual_seed(seeds.derive(seed, name))
+    return torch.randn(shape, generator=generator, device=device) * std
 
 
 def _mark(parameter: torch.nn.Parameter, dimension: int | None) -> None:

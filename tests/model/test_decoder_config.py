@@ -36,13 +36,13 @@ def test_bad_settings_are_named(setting, message):
         transformer_config(small_config(**setting))
 
 
-def test_a_vocabulary_that_tensor_parallelism_cannot_cut_is_refused(runtime):
+def test_a_vocabulary_that_leaves_a_rank_nothing_is_refused(runtime):
     from step_megatron.model.decoder import build_decoder
 
     config = small_config()
     transformer = transformer_config(config)
-    transformer.tensor_model_parallel_size = 3
-    with pytest.raises(ValueError, match="vocabulary_size=128 .* use 129"):
+    transformer.tensor_model_parallel_size = 100
+    with pytest.raises(ValueError, match="vocabulary_size=128 leaves nothing to the last of tensor_model_parallel_size=100"):
         build_decoder(config, transformer)
 
 

@@ -31,6 +31,7 @@ def small_config(
     ddp: dict[str, Any] | None = None,
     freeze: tuple[str, ...] = (),
     tied: bool = False,
+    vocabulary: int = VOCABULARY,
 ) -> Config:
     """A small model: 4 layers, width 64."""
     sizes = {
@@ -41,7 +42,7 @@ def small_config(
         run=RunConfig(device="cpu", threads=1, seed=7),
         model=ModelConfig(
             preset="test",
-            vocabulary_size=VOCABULARY,
+            vocabulary_size=vocabulary,
             max_positions=256,
             rotary_base=1e4,
             tie_embeddings=tied,
@@ -64,6 +65,7 @@ def train(
     packed: bool = True,
     freeze: tuple[str, ...] = (),
     tied: bool = False,
+    vocabulary: int = VOCABULARY,
 ) -> dict:
     """Train a few steps in one layout.
 
@@ -74,7 +76,7 @@ def train(
     from step_megatron.runtime.device import initialize
     from step_megatron.training.optimizer import settled_parameters
 
-    config = small_config(transformer, OPTIMIZERS[optimizer], ddp, freeze, tied)
+    config = small_config(transformer, OPTIMIZERS[optimizer], ddp, freeze, tied, vocabulary)
     runtime = initialize(config)
     state = lively_state(config)
     trainer = make_trainer(config, runtime, state, packed)
@@ -183,13 +185,22 @@ def full_tensors(model, pick, sharded: bool = False) -> dict[str, torch.Tensor]:
 
 
 def train_and_save(
-    rank: int, world_size: int, *, transformer: dict, optimizer: str, steps: int, run_dir: str, ddp: dict | None = None, freeze=()
+    rank: int,
+    world_size: int,
+    *,
+    transformer: dict,
+    optimizer: str,
+    steps: int,
+    run_dir: str,
+    ddp: dict | None = None,
+    freeze=(),
+    **model,
 ) -> dict:
     """Train `steps` steps, save, train one more; returns that step's line, parameters at the save and after it."""
     from step_megatron.checkpoint.distributed import save_checkpoint
     from step_megatron.training.optimizer import settled_parameters
 
-    trainer = prepare(transformer, optimizer, ddp, freeze)
+    trainer = prepare(transformer, optimizer, ddp, freeze, **model)
     for _ in range(steps):
         run_step(trainer)
     with settled_parameters(trainer.model):
@@ -201,13 +212,13 @@ def train_and_save(
 
 
 def load_and_train(
-    rank: int, world_size: int, *, transformer: dict, optimizer: str, run_dir: str, ddp: dict | None = None, freeze=()
+    rank: int, world_size: int, *, transformer: dict, optimizer: str, run_dir: str, ddp: dict | None = None, freeze=(), **model
 ) -> dict:
     """Load the newest checkpoint of a run in this layout and train one step; the counterpart of `train_and_save`."""
     from step_megatron.checkpoint.distributed import latest_checkpoint, load_checkpoint
     from step_megatron.training.optimizer import settled_parameters
 
-    trainer = prepare(transformer, optimizer, ddp, freeze)
+    trainer = prepare(transformer, optimizer, ddp, freeze, **model)
     trainer.step, extra = load_checkpoint(latest_checkpoint(run_dir), trainer.model, trainer.optimizer, trainer.scheduler)
     loaded = full_tensors(trainer.model, lambda parameter: parameter)
     line = run_step(trainer)
@@ -229,8 +240,8 @@ def load_weights(rank: int, world_size: int, *, transformer: dict, directory: st
     return full_tensors(model, lambda parameter: parameter)
 
 
-def prepare(transformer: dict, optimizer: str, ddp: dict | None, freeze: tuple[str, ...]):
+def prepare(transformer: dict, optimizer: str, ddp: dict | None, freeze: tuple[str, ...], **model):
     from step_megatron.runtime.device import initialize
 
-    config = small_config(transformer, OPTIMIZERS[optimizer], ddp, freeze)
+    config = small_config(transformer, OPTIMIZERS[optimizer], ddp, freeze, **model)
     return make_trainer(config, initialize(config), lively_state(config))
