@@ -8,7 +8,7 @@ adaptor: the features are made where they are multiplied and never written, exce
 features are rounded (bfloat16); here they are rounded all the same, so both ways give the same values up to the order of sums.
 
 The encoder is frozen: hidden state and layer norm get no gradient, and one that requires it is refused. For the weight's gradient
-the features are kept in their stored type: an eighth of the float32 hidden state, which to keep instead would be the alternative.
+the features are kept in their stored type: a quarter of the float32 hidden state, and cheaper than making them again.
 
 Source: Step-Audio 2, where encoder and adaptor meet (`avg_pooler`, the encoder's final layer norm, the adaptor's `conv`, GELU).
 """

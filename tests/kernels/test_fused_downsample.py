@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_kernels import conv_downsample_gelu, conv_products, fused_downsample, pool_norm_downsample
+from step_kernels import conv_downsample_gelu, conv_products, fused_downsample, pool_norm_downsample, registry
 from step_kernels.fused_downsample import _op, feature_starts, fused_downsample_reference
 from step_kernels.segments import cumulative
 from support.kernel_checks import assert_as_good_as_plain, backends_here, forced
@@ -201,6 +201,17 @@ def test_training_the_encoder_through_it_is_refused(place):
         fused_downsample(hidden, cumulative([4]), norm_weight, norm_bias, EPS, weight, bias, 2, 1)
     with torch.no_grad():
         fused_downsample(hidden, cumulative([4]), norm_weight, norm_bias, EPS, weight, bias, 2, 1)
+
+
+@pytest.mark.parametrize(("hidden_type", "stored"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)])
+def test_types_that_the_cpp_kernel_does_not_take_go_to_torch(hidden_type, stored):
+    hidden, *norm, weight, bias = inputs([9, 6])
+    hidden, norm = hidden.to(hidden_type), [each.to(hidden_type) for each in norm]
+    before = registry.chosen["fused_downsample", "torch"]
+    arguments = cumulative([9, 6]), *norm, EPS, weight, bias
+    out = fused_downsample(hidden, *arguments, *counts([9, 6]), stored)
+    assert registry.chosen["fused_downsample", "torch"] == before + 1 and out.dtype == torch.float32
+    torch.testing.assert_close(out, fused_downsample_reference(hidden, *arguments, stored), rtol=0.02, atol=0.02)
 
 
 def test_shapes_that_do_not_fit_are_refused():
