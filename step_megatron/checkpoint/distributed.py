@@ -121,13 +121,18 @@ def load_checkpoint(
     Returns:
         The step that the checkpoint holds, and `extra` as it was saved.
     """
-    layout = _layout_of(directory)
+    layout = layout_of(directory)
     weights = model_state(model, layout)
     state = {**weights, "optimizer": _optimizer_state(optimizer, weights, layout, is_loading=True)}
-    same_ranks = _common(directory)["ranks"] == torch.distributed.get_world_size()
+    if "ranks" not in (common := _common(directory)):
+        raise CheckpointError(
+            f"{directory}: holds weights alone, so no run can go on from it; start a new one from it with model.weights, in a "
+            "run.dir of its own"
+        )
+    same_ranks = common["ranks"] == torch.distributed.get_world_size()
     if same_ranks:
         state["random"] = _random_shard(None)
-    loaded = _load(state, directory)
+    loaded = load_state(state, directory)
     _load_weights(model, loaded)
     megatron_checkpoint.load_optimizer_state(optimizer, loaded["optimizer"], loaded["updates"])
     scheduler.load_state_dict(loaded["scheduler"])
@@ -143,7 +148,7 @@ def load_model_weights(model: torch.nn.Module | list[torch.nn.Module], directory
         CheckpointError: no complete checkpoint there, or one of another shape of model.
     """
     chunks = model if isinstance(model, list) else [model]
-    _load_weights(chunks, _load(model_state(chunks, _layout_of(directory)), directory))
+    _load_weights(chunks, load_state(model_state(chunks, layout_of(directory)), directory))
 
 
 def model_state(model: list[torch.nn.Module], layout: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +176,7 @@ def _metadata(layout: dict[str, Any]) -> dict[str, Any]:
     return layout | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-def _layout_of(directory: str | Path) -> dict[str, Any]:
+def layout_of(directory: str | Path) -> dict[str, Any]:
     """How a checkpoint was laid out, as it says itself; the layers are stacked where it says nothing."""
     said = dist_checkpointing.load_content_metadata(preloaded_state_dict=_common(directory))
     return said or LAYOUT | {"non_homogeneous_layers": False}
@@ -193,10 +198,15 @@ def _common(directory: str | Path) -> dict[str, Any]:
     return dist_checkpointing.load_common_state_dict(str(directory))
 
 
-def _load(state: dict[str, Any], directory: str | Path) -> dict[str, Any]:
+def load_state(state: dict[str, Any], directory: str | Path, **options: Any) -> dict[str, Any]:
+    """What a sharded state describes, from a checkpoint; `options` as of Megatron's `load`.
+
+    Raises:
+        CheckpointError: no complete checkpoint there, or one that does not hold just that.
+    """
     _common(directory)
     try:
-        return dist_checkpointing.load(state, str(directory))
+        return dist_checkpointing.load(state, str(directory), **options)
     except (CheckpointingException, CheckpointException, RuntimeError, KeyError, ValueError) as error:
         # Errors of other ranks arrive as the text of their tracebacks: the last line says what is wrong.
         raise CheckpointError(f"{directory}: does not fit this model: {str(error).strip().splitlines()[-1]}") from error
