@@ -6,8 +6,8 @@ packed as the quickstart does it: one micro-batch of 1,024 tokens an update. On 
 quickstart's processes. How a profile is divided: `parts.py`. A pass runs several times in turn with the others, and shares are
 medians; the time of a pass is that without a profiler.
 
-For rope, rms_norm and swiglu, which are made of torch's own operators (or Megatron's), the most that a fused kernel could
-save is said too: their time, less that of moving each tensor once at the speed at which this machine copies tensors of that size.
+For rope, rms_norm and swiglu, which do no more than move memory, the most that a better kernel could still save is said too: their
+time, less that of moving each tensor once at the speed at which this machine copies tensors of that size.
 """
 
 import statistics
@@ -72,7 +72,7 @@ def run(options: Namespace) -> dict:
     Returns:
         `{"name", "preset", "threads", "device", "passes": {pass: {"milliseconds", "profiled_milliseconds", "tokens", "forward",
         "backward", "could_save"}}}`: shares of the pass by part, which add up to 1 over both directions, and the share that a
-        fused kernel of rope, rms_norm or swiglu could save at most.
+        better kernel of rope, rms_norm or swiglu could save at most.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     overrides = [f"model.preset={options.preset}", f"run={{device: {device.type}, seed: 1, threads: 1}}"]
@@ -186,7 +186,7 @@ def _measure(parts: Parts, ours: train_step.Ours, passes, repeats: int, device: 
 
 
 def moved_bytes(shape: DecoderShape, tokens: int, element: int) -> dict[str, int]:
-    """Bytes that a fused kernel of each op moves in a training step: every tensor once, forward and backward."""
+    """Bytes that each op has to move in a training step: every tensor once, forward and backward."""
     rotated = (shape.heads + shape.kv_heads) * shape.head_dim
     values = {
         # x in, out out; the gradient the same way
@@ -225,6 +225,6 @@ def _table(title: str, result: dict) -> str:
         if forward or backward:
             line = f"  {name:22} {forward:6.1%}   {backward:6.1%}  {forward + backward:6.1%}"
             if name in result["could_save"]:
-                line += f"; a fused kernel could save at most {result['could_save'][name]:.1%} of the step"
+                line += f"; a better kernel could save at most {result['could_save'][name]:.1%} of the step"
             lines.append(line)
     return "\n".join(lines)

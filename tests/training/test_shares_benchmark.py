@@ -103,7 +103,7 @@ def test_what_trains_has_a_backward_and_what_is_frozen_has_none(result):
     assert not any(result["passes"]["generation"]["backward"].values())
 
 
-def test_a_fused_kernel_cannot_save_more_than_the_part_takes(result):
+def test_a_better_kernel_cannot_save_more_than_the_part_takes(result):
     step = result["passes"]["cached step"]
     assert set(step["could_save"]) == {shares.ROPE, shares.NORM, shares.SWIGLU}
     for name, saved in step["could_save"].items():
