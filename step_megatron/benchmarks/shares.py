@@ -6,8 +6,8 @@ packed as the quickstart does it: one micro-batch of 1,024 tokens an update. On 
 quickstart's processes. How a profile is divided: `parts.py`. A pass runs several times in turn with the others, and shares are
 medians; the time of a pass is that without a profiler.
 
-For rope, rms_norm and swiglu, which do no more than move memory, the most that a better kernel could still save is said too: their
-time, less that of moving each tensor once at the speed at which this machine copies tensors of that size.
+For rope, rms_norm and swiglu, which do no more than move memory, the most that a better kernel could still save is said too:
+their time, less that of moving each tensor once at the speed at which this machine copies tensors of that size.
 """
 
 import statistics
