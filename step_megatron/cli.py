@@ -20,6 +20,7 @@ BENCHED_PARTS = ("front-end", "encoder", "train-step", "generate", "shares")
 BENCHED_OPS = (
     "pool-norm-downsample",
     "conv-downsample-gelu",
+    "fused-downsample",
     "merge-audio",
     "gae",
     "audio-attention",
