@@ -169,7 +169,7 @@ setup(
         "av>=16,<19",
         "pyyaml>=6,<7",
         "tiktoken>=0.9,<0.15",
-        "safetensors>=0.5,<0.9",
+        "tokenizers>=0.21,<0.24",
         "tensorboard>=2.18,<2.22",
         "einops>=0.8,<0.10",
         "psutil>=6,<8",
@@ -179,6 +179,8 @@ setup(
         # A GPU machine: Transformer Engine layers (FP8). Never beside Megatron on a CPU: without its torch extension it breaks
         # `import megatron.core.optimizer`.
         "cuda": ["transformer-engine[pytorch]>=2.9,<2.12", "triton>=3.6,<3.9"],
+        # Import of GGUF files (SmolLM2).
+        "gguf": ["gguf>=0.17,<0.20"],
         "nemo": ["nemo-toolkit[asr]>=2.5,<4"],
         "wandb": ["wandb>=0.19,<1"],
         "dev": [
@@ -186,6 +188,9 @@ setup(
             "pytest-timeout>=2.3,<3",
             "hypothesis>=6.100,<7",
             "transformers>=5.20,<6",
+            "gguf>=0.17,<0.20",
+            # The tests read and write checkpoints with it; ours does without.
+            "safetensors>=0.5,<0.9",
             "scikit-learn>=1.5,<2",
             "matplotlib>=3.8,<4",
             "triton>=3.6,<3.9",

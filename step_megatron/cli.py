@@ -1,4 +1,4 @@
-"""The command line: `step-megatron doctor | data | train | eval | report | chat | bench`.
+"""The command line: `step-megatron doctor | data | train | eval | report | chat | convert | bench`.
 
 Every command imports what it needs when it runs, so that `--help` and `doctor` work on a machine where the rest does not.
 An error that a user can mend (a bad path, a bad setting, bad data) prints its message and exits with 2; anything else is a defect
@@ -16,6 +16,8 @@ from step_megatron.errors import UserError
 
 # Modules of `step_megatron.benchmarks`.
 BENCHED_PARTS = ("front-end", "encoder", "train-step", "generate", "shares")
+# Layouts that `convert export` writes.
+EXPORTED = ("step-audio", "qwen2-audio", "qwen2", "llama")
 # The ops of `step_kernels.bench.OPS`, which is not imported for a list of commands: it brings torch.
 BENCHED_OPS = (
     "pool-norm-downsample",
@@ -62,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_chat(commands)
+    _add_convert(commands)
     _add_bench(commands)
     return parser
 
@@ -150,6 +153,24 @@ def _add_chat(commands) -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--audio", type=Path, action="append", default=[], help="audio of the first turn; may be repeated")
     parser.add_argument("--text", help="text of the first turn")
+
+
+def _add_convert(commands) -> None:
+    convert = commands.add_parser("convert", help="released checkpoints in, trained ones out").add_subparsers(required=True)
+    text = "make a run directory of a released checkpoint: Step-Audio, Qwen2-Audio, Qwen2.5, LLaMA, SmolLM2 (GGUF)"
+    parser = _command(convert, "import", _convert_import, text)
+    parser.add_argument("model", type=Path, metavar="DIR", help="folder of config.json and weights, or a .gguf file")
+    parser.add_argument("--encoder", type=Path, metavar="DIR", help="for a decoder alone: Whisper (Hugging Face or CTranslate2)")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="in place of the tokenizer files in DIR")
+    parser.add_argument("--out", "--to", type=Path, metavar="OUT", help="run directory to make")
+    parser.add_argument("--dry-run", action="store_true", help="read and check every tensor, write nothing")
+    parser.add_argument("--seed", type=int, default=1234, help="of an adaptor, and of rows for added specials")
+    text = "write a run's newest checkpoint for other tools: config, weights, tokenizer, model card"
+    parser = _command(convert, "export", _convert_export, text)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--out", "--to", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--layout", choices=EXPORTED, help="default: what the run was imported from, else step-audio")
+    parser.add_argument("--step", type=int, help="of a checkpoint that is not the newest")
 
 
 def _add_bench(commands) -> None:
@@ -251,6 +272,20 @@ def _chat(options) -> None:
     from step_megatron.evaluation.chat import chat
 
     chat(options.run, options.audio, options.text)
+
+
+def _convert_import(options) -> None:
+    from step_megatron.conversion.importing import import_model
+
+    if (options.out is None) != options.dry_run:
+        raise UserError("convert import: name the run directory to make by --to OUT, or read and check only, by --dry-run")
+    print(json.dumps(import_model(options.model, options.out, options.encoder, options.tokenizer, options.seed)))
+
+
+def _convert_export(options) -> None:
+    from step_megatron.conversion.exporting import export_run
+
+    print(json.dumps(export_run(options.run, options.out, options.layout, options.step)))
 
 
 def _bench(options) -> int | None:

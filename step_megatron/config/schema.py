@@ -79,7 +79,7 @@ class ModelConfig:
 class TokenizerConfig:
     """Token ids: the Qwen vocabulary, or the subset of it that a corpus uses."""
 
-    # Directory written by `data build` (compact vocabulary), or `qwen` files (a `qwen.tiktoken`).
+    # Directory written by `data build` (compact vocabulary), with a `qwen.tiktoken`, or with Hugging Face's `tokenizer.json`.
     path: str = ""
     template: Literal["step-audio", "chatml"] = "step-audio"
 

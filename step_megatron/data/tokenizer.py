@@ -7,6 +7,8 @@ A tokenizer is a directory. It holds `qwen.tiktoken` (151,643 ranks, `base64(byt
 - `added_tokens.json` (`{"<|BOT|>": 151666, ...}`, the Hugging Face name for it): ids of the specials in the whole vocabulary.
   Without it `PUBLISHED_IDS` and `PLACEHOLDER_IDS` are used.
 
+Or it holds Hugging Face's `tokenizer.json`: see `tokenizer_json`.
+
 Specials exist only as ids: `encode` never makes one, whatever the text says. Text is not normalised: `decode(encode(x)) == x`.
 """
 
@@ -72,6 +74,10 @@ class Tokenizer:
         """
         directory = Path(directory)
         compact = directory / "compact.json"
+        if (directory / "tokenizer.json").is_file() and not compact.exists():
+            from step_megatron.data.tokenizer_json import JsonTokenizer
+
+            return JsonTokenizer(directory)
         if compact.exists():
             specials, qwen_ids = _read_compact(compact)
             size = len(qwen_ids)

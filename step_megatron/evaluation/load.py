@@ -191,7 +191,7 @@ class TrainedRun:
         readable = [i for i, c in enumerate(conversations) if all(self._clips[a] is not None for a in c.audio_addresses())]
         prompts = [self.prompt(conversations[i]) for i in readable]
         template = TEMPLATES[self.config.tokenizer.template]
-        stops = (self.tokenizer.special(template.close), self.tokenizer.special("<|endoftext|>"))
+        stops = (self.tokenizer.special(template.close), self.tokenizer.pad_id)
         replies: list[str | None] = [None] * len(conversations)
         if not prompts:
             return replies

@@ -1,0 +1,110 @@
+"""Where weights come from: files, hashes, licences, told on import and passed on with every export."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from step_megatron.config.load import RUN_CONFIG, load_config
+from step_megatron.config.schema import Config
+from step_megatron.conversion.layouts import Foreign
+from step_megatron.conversion.sources import GgufFile
+from step_megatron.data.fetch.download import sha256_of
+
+FILE = "import.json"
+UNKNOWN = "unknown"
+
+
+@dataclass
+class History:
+    """What is known of where a run's weights come from.
+
+    Attributes:
+        run: name of the run.
+        ancestors: runs whose weights it started from, the last first.
+        models: records of the imported checkpoints (`describe`), the decoder's first.
+        drawn, added: parameters and special tokens that the import made.
+        places: directories that may hold licence texts.
+    """
+
+    run: str
+    ancestors: list[str] = field(default_factory=list)
+    models: list[dict[str, Any]] = field(default_factory=list)
+    drawn: list[str] = field(default_factory=list)
+    added: dict[str, int] = field(default_factory=dict)
+    places: list[Path] = field(default_factory=list)
+
+    @property
+    def layout(self) -> str | None:
+        """The layout of the imported decoder."""
+        return self.models[0]["layout"] if self.models else None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its `config.json`."""
+        return self.models[0]["config"] if self.models else {}
+
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """Its `generation_config.json`."""
+        return self.models[0]["generation_config"] if self.models else None
+
+
+def history(run_dir: Path, config: Config) -> History:
+    """Follow `model.weights` from a run back to the import at its beginning, as far as the directories are still there."""
+    past = History(run_dir.resolve().name)
+    place, weights = run_dir, config.model.weights
+    while True:
+        past.places.append(place)
+        record = place / FILE
+        if record.is_file():
+            told = json.loads(record.read_text(encoding="utf-8"))
+            past.models, past.drawn, past.added = told["models"], told["drawn"], told["added"]
+        if not weights or Path(weights) in past.places:
+            break
+        place = Path(weights)
+        past.ancestors.append(place.name)
+        path = place / RUN_CONFIG
+        weights = load_config(path).model.weights if path.is_file() else ""
+    if config.encoder.weights not in ("", "random"):
+        past.places.append(Path(config.encoder.weights))
+    return past
+
+
+def describe(foreign: Foreign) -> dict[str, Any]:
+    """The record of one imported checkpoint; reads every file once, for its hash."""
+    generation = foreign.directory / "generation_config.json"
+    return {
+        "name": foreign.directory.resolve().name,
+        "layout": foreign.layout,
+        "licence": licence(foreign),
+        "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in foreign.source.files},
+        "config": foreign.tree,
+        "generation_config": json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else None,
+    }
+
+
+def licence(foreign: Foreign) -> str:
+    """The licence as the files around the weights name it: the fetched source's pin, GGUF's field, the model card's header."""
+    if isinstance(foreign.source, GgufFile) and (said := foreign.source.fields.get("general.license")):
+        return str(said)
+    pin, card = foreign.directory / "PINNED.json", foreign.directory / "README.md"
+    if pin.is_file():
+        return str(json.loads(pin.read_text(encoding="utf-8")).get("licence", UNKNOWN))
+    if card.is_file():
+        header = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        if header and (found := re.search(r"^license:\s*(\S+)", header[1], re.MULTILINE)):
+            return found[1]
+    return UNKNOWN
+
+
+def copy_licences(source: Path, target: Path) -> None:
+    """Copy licence texts that lie in `source` or in its `LICENCES` into `target`; one that is there already is kept."""
+    patterns = ("LICENSE*", "LICENCE*", "NOTICE*", "LICENCES/*")
+    for file in (file for pattern in patterns for file in sorted(source.glob(pattern)) if file.is_file()):
+        name = file.name if file.parent.name == "LICENCES" else f"{source.resolve().name}-{file.name}"
+        if not (target / name).exists():
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / name)
