@@ -53,15 +53,17 @@ def merge_audio_embeddings_(tokens: torch.Tensor, audio: torch.Tensor, positions
     """Replace the placeholders' embeddings in place; arguments as in `merge_audio_embeddings`.
 
     The tokens are given away: from here on the result stands for them, in the same memory. What made them must not need their
-    values for its backward pass (an embedding does not); autograd says so if it does.
+    values for its backward pass (an embedding does not); autograd says so if it does. Nothing says so if the old name is used
+    again: its gradient goes past the audio.
 
     Raises:
-        ValueError: as above; also if the tokens are not contiguous, or are a parameter (a leaf that requires gradients).
+        ValueError: as above; also if the tokens are not contiguous, or are (part of) a leaf that requires gradients, a parameter.
     """
     _check(tokens, audio, positions)
     if not tokens.is_contiguous():
         raise ValueError(f"{OP}_: tokens of strides {tokens.stride()} are not contiguous; use {OP}, which copies")
-    if torch.is_grad_enabled() and tokens.is_leaf and tokens.requires_grad:
+    owner = tokens if tokens._base is None else tokens._base
+    if torch.is_grad_enabled() and owner.is_leaf and owner.requires_grad:
         raise ValueError(f"{OP}_: the tokens are a leaf that requires gradients and would be overwritten; use {OP}, which copies")
     return _InPlace.apply(tokens, audio, positions)
 

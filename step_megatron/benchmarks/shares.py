@@ -21,7 +21,7 @@ import torch
 from step_megatron.benchmarks import train_step
 from step_megatron.benchmarks.parts import REST, Parts
 from step_megatron.config import load_config
-from step_megatron.model import attention, audio_lm, encoder, generation
+from step_megatron.model import audio_lm, encoder, generation, rope
 from step_megatron.model.decode_step import DecodeStep
 from step_megatron.model.encoder import build_encoder
 from step_megatron.runtime.device import initialize, shutdown
@@ -103,7 +103,7 @@ def make_parts(ours: train_step.Ours) -> Parts:
         (encoder, "audio_attention_varlen"): ENCODER_ATTENTION,
         (encoder, "pool_norm_downsample"): POOL_NORM,
         (audio_lm, "merge_audio_embeddings_"): MERGE,
-        (attention, "apply_rotary"): ROPE,
+        (rope, "rope_qk"): ROPE,
         (train_step, "to_device"): BATCH,
         (ours.state.optimizer, "step"): OPTIMIZER,
         (generation._Chooser, "__call__"): SAMPLING,

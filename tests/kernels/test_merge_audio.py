@@ -106,8 +106,10 @@ def test_in_place_writes_the_rows_of_audio_into_the_tokens(backend):
 
 def test_in_place_refuses_what_it_would_destroy():
     audio, positions = torch.zeros(1, 4), torch.tensor([1])
-    with pytest.raises(ValueError, match="leaf that requires gradients"):
-        merge_audio_embeddings_(torch.zeros(3, 4, requires_grad=True), audio, positions)
+    parameter = torch.zeros(5, 4, requires_grad=True)
+    for leaf in (parameter, parameter[:3], parameter.view_as(parameter)):
+        with pytest.raises(ValueError, match="leaf that requires gradients"):
+            merge_audio_embeddings_(leaf, audio, positions)
     with pytest.raises(ValueError, match="not contiguous"):
         merge_audio_embeddings_(torch.zeros(4, 3).t(), audio, positions)
     # What squares the tokens needs their values for its backward pass.

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from step_kernels import registry
 from support.decoder_twins import ENCODER_WIDTH, VOCABULARY, audio_batch, huggingface_twin, model_of_twin, small_config
 
 from step_megatron.model.decode_step import can_step
@@ -49,6 +50,13 @@ def pair(runtime):
     config = small_config()
     twin = huggingface_twin(config)
     return model_of_twin(config, twin), twin
+
+
+def test_prompts_and_decoding_run_on_the_kernels(pair):
+    registry.chosen.clear()
+    generate(pair[0], make_prompts(), 2)
+    assert set(registry.chosen) >= {(op, "cpp") for op in ("causal_attention_varlen", "paged_attention", "conv_downsample_gelu")}
+    assert not [op for op, backend in registry.chosen if backend == "torch"], "a reference in a kernel's place"
 
 
 @pytest.mark.parametrize("lean", [True, False], ids=["lean-step", "megatron-layers"])

@@ -146,9 +146,20 @@ def fused_cases(device: torch.device) -> list[Case]:
     return cases
 
 
+class _Made(torch.autograd.Function):
+    """A leaf's memory as the result of a function, as an embedding's is in the model."""
+
+    @staticmethod
+    def forward(ctx, leaf):
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
 def _merge(tokens, audio, positions):
-    # In the model the tokens come from an embedding, not from a leaf.
-    return merge_audio_embeddings_(tokens.view_as(tokens), audio, positions)
+    return merge_audio_embeddings_(_Made.apply(tokens), audio, positions)
 
 
 def _index_copy(tokens, audio, positions):
