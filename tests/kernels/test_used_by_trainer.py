@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 from training.toy_run import overrides, write_data
 
-# What midtrain computes with on a CPU, in float32 (generation: tests/model/test_generation.py). What has a C++ kernel must never run in plain torch.
+# What midtrain computes with on a CPU, in float32 (generation: tests/model/test_generation.py). What has a C++ kernel must never
+# run in plain torch.
 TRAINING = {
     "audio_attention_varlen",
     "pool_norm_downsample",

@@ -10,7 +10,8 @@ from step_megatron.benchmarks import generate
 def test_all_contestants_generate_the_same_and_are_timed(capsys, monkeypatch):
     monkeypatch.setattr(generate, "_NEW_TOKENS", 6)
     result = generate.run(Namespace(repeats=1, clips=5))
-    assert result["agreeing"] >= generate._AGREEING and set(result["tokens_per_second"]) == {"ours", "plain torch ops", "transformers"}
+    assert set(result["tokens_per_second"]) == {"ours", "plain torch ops", "transformers"}
+    assert result["agreeing"] >= generate._AGREEING
     assert result["low"] <= result["ratio"] <= result["high"] and result["ratio_torch"] > 0
     assert "5 prompts" in capsys.readouterr().out
 
