@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils import _device
 
 _CPU = torch.device("cpu")
 # The tensor factories that Megatron calls with a literal "cuda".
@@ -116,6 +117,8 @@ def install() -> bool:
         return False
     if originals:
         return True
+    # torch lists the factories that `with torch.device(...)` rules when it first needs them, for good: they have to be its own.
+    _device._device_constructors()
     logging.getLogger(_RANDOM_LOGGER).addFilter(_host_generator_is_the_device_generator)
     for owner, name, replacement in _adjustments():
         originals[owner, name] = getattr(owner, name)

@@ -200,3 +200,17 @@ def test_nothing_is_replaced_where_cuda_is_available(monkeypatch):
     zeros = torch.zeros
     assert not megatron_cpu.install()
     assert torch.zeros is zeros and not megatron_cpu.originals
+
+
+def test_device_contexts_rule_torchs_own_factories_after_the_adapter_was_there():
+    """torch keeps the list of factories that it makes in the first device context, also when that is inside of the adapter."""
+    from torch.utils import _device
+
+    megatron_cpu.uninstall()
+    _device._device_constructors.cache_clear()
+    megatron_cpu.install()
+    with torch.device("meta"):
+        assert torch.tensor([1.0]).is_meta and torch.zeros(2).is_meta
+    megatron_cpu.uninstall()
+    with torch.device("meta"):
+        assert torch.tensor([1.0]).is_meta and torch.zeros(2).is_meta
