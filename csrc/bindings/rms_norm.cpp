@@ -25,10 +25,11 @@ static void rms_norm_backward_cpu(const Tensor& gradient, const Tensor& x, const
     STD_TORCH_CHECK(tensor->size(0) == x.size(0) && tensor->size(1) == x.size(1), "gradient and grad_x must be shaped as x");
   }
   check(grad_weight, "grad_weight", ScalarType::Float, 2);
-  STD_TORCH_CHECK(grad_weight.size(0) == (x.size(0) + kNormBlock - 1) / kNormBlock && grad_weight.size(1) == x.size(1),
-                  "grad_weight must have a row for every block of x's rows");
+  const int64_t blocks = grad_weight.size(0);
+  STD_TORCH_CHECK((blocks == 0 || blocks == (x.size(0) + kNormBlock - 1) / kNormBlock) && grad_weight.size(1) == x.size(1),
+                  "grad_weight must have a row for every block of x's rows, or none if it is not wanted");
   STEP_CPU(rms_norm_backward, floats(gradient), floats(x), floats(weight), floats(scale), mutable_floats(grad_x),
-           mutable_floats(grad_weight), x.size(0), x.size(1));
+           blocks ? mutable_floats(grad_weight) : nullptr, x.size(0), x.size(1));
 }
 
 }  // namespace step

@@ -1,5 +1,6 @@
 // Root-mean-square norm of rows, forward and backward, each row read once from memory.
 #include <cmath>
+#include <cstring>
 
 #include "isa.h"
 #include "ops.h"
@@ -12,7 +13,8 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // floats of a thread's share at least
 
-// Sum of f(i, value at i) over a row, in whole vectors and a zero-filled last one; `f` gives zero for zeros.
+// Sum of `term(at)` over a row, in whole vectors and a zero-filled last one: `at(row)` loads a row's values at the current place, and
+// `term` gives zero for zeros.
 template <class Term>
 static inline float row_sum(int64_t width, Term&& term) {
   const int64_t whole = width / kLanes * kLanes;
@@ -38,14 +40,15 @@ void rms_norm(const float* x, const float* weight, float* out, float* scale, int
   });
 }
 
+// `grad_weight` is null where it is not wanted.
 void rms_norm_backward(const float* gradient, const float* x, const float* weight, const float* scale, float* grad_x,
                        float* grad_weight, int64_t rows, int64_t width) {
   const int64_t whole = width / kLanes * kLanes;
   const int64_t blocks = (rows + kNormBlock - 1) / kNormBlock;
   parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; block++) {
-      float* total = grad_weight + block * width;
-      std::memset(total, 0, sizeof(float) * width);
+      float* total = grad_weight ? grad_weight + block * width : nullptr;
+      if (total) std::memset(total, 0, sizeof(float) * width);
       for (int64_t row = block * kNormBlock; row < rows && row < (block + 1) * kNormBlock; row++) {
         const float *in = x + row * width, *from = gradient + row * width;
         float* to = grad_x + row * width;
@@ -54,11 +57,11 @@ void rms_norm_backward(const float* gradient, const float* x, const float* weigh
         for (int64_t i = 0; i < whole; i += kLanes) {
           const vec g = load(from + i), value = load(in + i);
           store(to + i, (g * load(weight + i) - value * splat(mean)) * splat(factor));
-          store(total + i, load(total + i) + g * value * splat(factor));
+          if (total) store(total + i, load(total + i) + g * value * splat(factor));
         }
         for (int64_t i = whole; i < width; i++) {
           to[i] = (from[i] * weight[i] - in[i] * mean) * factor;
-          total[i] += from[i] * in[i] * factor;
+          if (total) total[i] += from[i] * in[i] * factor;
         }
       }
     }

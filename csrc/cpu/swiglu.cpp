@@ -10,7 +10,8 @@ namespace {
 
 constexpr int64_t kGrain = 8192;  // gates of a thread's share at least
 
-static inline vec sigmoid(vec x) { return splat(1.0f) / (splat(1.0f) + exponential(-x)); }
+// 1 / (1 + e^-x), zero where `exponential` does not reach e^-x: a huge gate times what is left of it would not be nothing.
+static inline vec sigmoid(vec x) { return x < splat(-88.0f) ? vec{} : splat(1.0f) / (splat(1.0f) + exponential(-x)); }
 
 static inline vec gated(vec gate, vec up) { return gate * sigmoid(gate) * up; }
 

@@ -46,7 +46,8 @@ def attend(
         raise ValueError(f"{name}: query, key and value of one number of rows and one width are needed, got {shapes}")
     scale = query.shape[2] ** -0.5 if scale is None else scale
     wants_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
-    backend = _choose(name, query.device, query.dtype, query.shape[2], query.shape[0] > 0, return_lse, wants_gradient)
+    unfit = _unfit(registry.fixed(query.shape[2]), query.shape[0] > 0, return_lse, wants_gradient)
+    backend = registry.backend(name, query, unfit)
     # torch and the libraries differentiate their own functions: they stay outside of the operator.
     if backend in registry.LIBRARIES:
         out, lse = attention_libraries.attend(
@@ -181,18 +182,6 @@ def describe(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> s
     """What computes an op for tensors of this kind, for whoever keeps the results: backend, of a library its release too."""
     backend, _ = registry.decide(name, device, dtype, dim, _unfit(dim))
     return f"{backend} {attention_libraries.version(backend)}" if backend in registry.LIBRARIES else backend
-
-
-def _choose(
-    name: str, device: torch.device, dtype: torch.dtype, dim: int, tokens: bool, wants_lse: bool, wants_gradient: bool
-) -> str:
-    return registry.backend(
-        name, torch.empty(0, 0, dim, device=device, dtype=dtype), _unfit(dim, tokens, wants_lse, wants_gradient)
-    )
-
-
-# torch.compiler.assume_constant_result, which would import the compiler: the choice is made once, when the caller is compiled.
-_choose._dynamo_marked_constant = True
 
 
 def _unfit(dim: int, tokens: bool = True, wants_lse: bool = False, wants_gradient: bool = False) -> dict[str, str]:

@@ -48,6 +48,8 @@ def registered() -> dict[str, tuple[str, ...]]:
 def backend(op: str, tensor: torch.Tensor, unfit: Mapping[str, str] | None = None) -> str:
     """Choose the backend of an op for a tensor like this one, and count it.
 
+    In a function that torch compiles the choice is made, and counted, once: when it is compiled.
+
     Args:
         tensor: its device, dtype and last dimension decide.
         unfit: backends that do not take this call, each with what it does not take.
@@ -56,10 +58,23 @@ def backend(op: str, tensor: torch.Tensor, unfit: Mapping[str, str] | None = Non
         RuntimeError: if `STEP_KERNELS_BACKEND` asks for what the op lacks or what cannot run here, or the installation is broken.
         ValueError: if the file of measured choices is damaged.
     """
-    width = tensor.shape[-1] if tensor.dim() else 0
-    name, _ = decide(op, tensor.device, tensor.dtype, width, unfit or {})
+    width = fixed(tensor.shape[-1]) if tensor.dim() else 0
+    return _counted(op, tensor.device, tensor.dtype, width, unfit or {})
+
+
+def fixed(size: int) -> int:
+    """The same; torch's compiler takes it for a constant from here on, where a size is a symbol (it has several values)."""
+    return range(size).stop
+
+
+def _counted(op: str, device: torch.device, dtype: torch.dtype, width: int, unfit: Mapping[str, str]) -> str:
+    name, _ = decide(op, device, dtype, width, unfit)
     chosen[op, name] += 1
     return name
+
+
+# torch.compiler.assume_constant_result, which would import the compiler. Traced instead, it would look for files in the graph.
+_counted._dynamo_marked_constant = True
 
 
 def decide(

@@ -33,22 +33,25 @@ def rope_qk(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torc
 
     Args:
         query, key: `[tokens, heads, dim]`, dim even; the heads of the two may differ in number.
-        cos, sin: `[tokens, dim]`, in their type.
+        cos, sin: `[tokens, dim]`, in their dtype.
 
     Returns:
         New tensors, shaped as query and key.
 
     Raises:
-        ValueError: sizes that do not fit.
+        ValueError: sizes that do not fit, or dtypes that differ.
     """
-    shape = (query.shape[0], query.shape[-1])
-    if query.dim() != 3 or key.dim() != 3 or (key.shape[0], key.shape[2]) != shape or shape[1] % 2:
+    shape = (query.shape[0], query.shape[-1]) if query.dim() == 3 else ()
+    if not shape or key.dim() != 3 or (key.shape[0], key.shape[2]) != shape or shape[1] % 2:
         raise ValueError(
             f"{OP}: query {tuple(query.shape)} and key {tuple(key.shape)} must be [tokens, heads, dim] of the same tokens and "
             "the same even dim"
         )
     if cos.shape != shape or sin.shape != shape:
         raise ValueError(f"{OP}: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be {shape}, one row a token")
+    if not query.dtype == key.dtype == cos.dtype == sin.dtype:
+        dtypes = ", ".join(f"{name} {each.dtype}" for name, each in (("key", key), ("cos", cos), ("sin", sin)))
+        raise ValueError(f"{OP}: query is {query.dtype}, but {dtypes}; cast them to one")
     # Plain torch stays outside of the operator: torch differentiates its own functions, as often as wanted.
     if registry.backend(OP, query) == "cpp":
         return _op(query, key, cos, sin, False)

@@ -3,8 +3,8 @@
     x = [a, b]   out = s b,   s = a t,   t = 1 / (1 + e^(-a))          da = g b (t + s (1 - t)),   db = g s
 
 In torch this is three passes over memory forward and a dozen backward (the halves' gradients are put together again); the C++
-kernel makes one each. On a GPU the libraries have it fused (Megatron's `bias_activation_fusion`, Transformer Engine), so nothing
-is written for one.
+kernel makes one each. Nothing is written for a GPU, where it is plain torch unless a recipe asks for what Megatron has fused:
+`megatron.transformer.bias_activation_fusion=true`, with Megatron's own feed-forward part (not run on a GPU).
 
 Source: Shazeer, GLU Variants Improve Transformer (arXiv:2002.05202).
 """
@@ -27,10 +27,12 @@ def swiglu_reference(x: torch.Tensor) -> torch.Tensor:
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """SiLU of the first half times the second half of the last dimension; arguments as in `swiglu_reference`.
 
+    Differentiable; by C++ once only: a double backward is torch's RuntimeError there.
+
     Raises:
-        ValueError: an odd width.
+        ValueError: an odd width, or no dimension.
     """
-    if x.shape[-1] % 2:
+    if not x.dim() or x.shape[-1] % 2:
         raise ValueError(f"{OP}: x {tuple(x.shape)} must hold gates and values side by side, so its last size must be even")
     # Plain torch stays outside of the operator: torch differentiates its own functions, as often as wanted.
     return _op(x) if registry.backend(OP, x) == "cpp" else swiglu_reference(x)

@@ -22,7 +22,11 @@ LayerKind = Literal["torch", "te"]
 
 
 class GatedMLP(MLP):
-    """Megatron's feed-forward part with the gate in one op, where Megatron would run torch's operators one by one."""
+    """Megatron's feed-forward part with the gate in one op, where Megatron would run torch's operators one by one.
+
+    The op is one pass by C++ on a CPU, and torch's operators on a GPU. There, `megatron.transformer.bias_activation_fusion=true`
+    in a recipe keeps Megatron's part with its own fusion (not run on a GPU); no recipe here sets it.
+    """
 
     @classmethod
     def adopt(cls, model: torch.nn.Module) -> None:

@@ -1,12 +1,15 @@
 """rms_norm: equals its definition in float64, forward and backward, for any shape, by every backend; half precision too."""
 
+import importlib
+
 import pytest
 import torch
-from step_kernels import rms_norm
+from step_kernels import registry, rms_norm
 from step_kernels.rms_norm import _BLOCK, _op, rms_norm_reference
 from support.kernel_checks import backends_here, forced
 
 EPS = 1e-5
+op = importlib.import_module("step_kernels.rms_norm")  # the module: the package has a function of that name
 BACKENDS = backends_here("rms_norm")
 
 
@@ -87,12 +90,34 @@ def test_the_weights_gradient_does_not_depend_on_the_threads():
     assert all(torch.equal(one, two) for other in found[1:] for one, two in zip(found[0], other, strict=True))
 
 
-def test_a_weight_that_does_not_fit_is_refused():
+@pytest.mark.parametrize(("x", "weight"), [((3, 4), (5,)), ((3, 0), (0,)), ((), ())])
+def test_a_weight_that_does_not_fit_or_no_column_is_refused(x, weight):
     with pytest.raises(ValueError, match="one weight for each column"):
-        rms_norm(torch.zeros(3, 4), torch.ones(5), EPS)
+        rms_norm(torch.zeros(x), torch.ones(weight), EPS)
+
+
+def test_a_weight_of_another_dtype_is_not_for_cpp(monkeypatch):
+    x, weight = torch.randn(3, 4), torch.rand(4).bfloat16()
+    monkeypatch.setenv(registry.VARIABLE, "cpp")
+    with pytest.raises(RuntimeError, match=r"rms_norm by cpp does not take a weight in torch.bfloat16; add torch"):
+        rms_norm(x, weight, EPS)
+    monkeypatch.delenv(registry.VARIABLE)
+    torch.testing.assert_close(rms_norm(x, weight, EPS), rms_norm_reference(x, weight.float(), EPS))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_frozen_weight_gets_no_gradient_and_changes_none(backend, monkeypatch):
+    x, weight, gradient = tensors((2 * _BLOCK + 3, 37))
+    asked = []
+    monkeypatch.setattr(op, "_backward_op", lambda *args, do=op._backward_op: asked.append(args[-1]) or do(*args))
+    with forced(backend):
+        (expected, _) = torch.autograd.grad(rms_norm(x, weight, EPS), (x, weight), gradient)
+        rms_norm(x, weight.detach(), EPS).backward(gradient)
+    assert torch.equal(x.grad, expected) and asked == ([True, False] if backend == "cpp" else [])
 
 
 @pytest.mark.parametrize("shape", [(7, 1, 40), (0, 16)])
 def test_registration(shape):
     x, weight, _ = tensors(shape)
     torch.library.opcheck(_op, (x, weight, EPS))
+    torch.library.opcheck(_op, (x, weight.detach(), EPS))

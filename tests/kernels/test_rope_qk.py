@@ -71,12 +71,16 @@ def test_another_token_changes_nothing(backend):
     [
         ({0: torch.zeros(6, 4, 16)}, "same tokens"),
         ({0: torch.zeros(7, 4, 15), 1: torch.zeros(7, 2, 15)}, "even dim"),
+        ({0: torch.zeros(())}, "same tokens"),
         ({2: torch.zeros(7, 8)}, "one row a token"),
+        ({1: torch.zeros(7, 2, 16, dtype=torch.bfloat16)}, "query is torch.float32, but key torch.bfloat16, .*cast them"),
+        ({3: torch.zeros(7, 16, dtype=torch.float64)}, "sin torch.float64; cast them"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(change, message):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes_and_dtypes_that_do_not_fit_are_refused(change, message, backend):
     arguments = dict(enumerate(inputs(7, 4, 2, 16)[:4])) | change
-    with pytest.raises(ValueError, match=message):
+    with forced(backend), pytest.raises(ValueError, match=message):
         rope_qk(*arguments.values())
 
 

@@ -20,7 +20,7 @@ def inputs(shape: tuple[int, ...], width: int) -> tuple[torch.Tensor, torch.Tens
 def results(function, x: torch.Tensor, gradient: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     x = x.detach().to(dtype).requires_grad_()
     out = function(x)
-    return [out.detach(), *torch.autograd.grad(out, x, gradient.to(dtype))]
+    return [out.detach(), *torch.autograd.grad(out, x, gradient.to(dtype).expand_as(out))]
 
 
 def test_it_has_a_fast_backend_here():
@@ -55,6 +55,18 @@ def test_gates_far_from_zero_are_open_or_shut_and_nan_is_seen(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_gates_are_as_in_torch(backend):
+    edges = [-torch.inf, -3e38, -1e38, -1e36, -104.0, -89.0, -88.5, -87.5, 0.0, 87.5, 88.5, 1e36, 1e38, torch.inf, torch.nan]
+    gate = torch.tensor(edges).repeat(3)[:, None]  # a row of one gate, and a whole vector of them
+    for x in (torch.cat([gate, torch.ones_like(gate)], 1), torch.cat([gate.T, torch.ones_like(gate.T)], 1)):
+        with forced(backend):
+            actual = results(swiglu, x, torch.ones(1), torch.float32)
+        exact = results(swiglu_reference, x, torch.ones(1), torch.float32)
+        for mine, theirs in zip(actual, exact, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-35, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_views_with_strides_are_taken(backend):
     x, gradient = inputs((6, 4), 9)
     with forced(backend):
@@ -65,9 +77,10 @@ def test_views_with_strides_are_taken(backend):
     assert torch.equal(out, expected[0]) and torch.equal(strided, expected[1])
 
 
-def test_an_odd_width_is_refused():
+@pytest.mark.parametrize("shape", [(2, 5), ()])
+def test_an_odd_width_or_none_is_refused(shape):
     with pytest.raises(ValueError, match="must be even"):
-        swiglu(torch.zeros(2, 5))
+        swiglu(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("rows", [5, 0])
