@@ -1,11 +1,21 @@
-#include "native.h"
+#include "segments.h"
 
 namespace step {
+
+static int64_t outputs_of(int64_t frames) { return (frames + 1) / 2; }
+static int64_t tiles_of(int64_t frames) { return (outputs_of(frames) + kTile - 1) / kTile; }
+
+// Outputs `first` and following, or tiles, `count` of them, are among those of the segments, whose bounds have been checked.
+static void check_part(const Tensor& cu_seqlens, bool tiles, int64_t first, int64_t count) {
+  const int64_t all = total(cu_seqlens, tiles ? tiles_of : outputs_of);
+  STD_TORCH_CHECK(first >= 0 && first + count <= all, "the segments have ", all, tiles ? " tiles" : " outputs", ", not ", count,
+                  " from ", first, " on");
+}
 
 static ConvSource stored(const Tensor& x, const Tensor& cu_seqlens) {
   const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
   check(x, "x", bfloat16 ? ScalarType::BFloat16 : ScalarType::Float, 2);
-  check(cu_seqlens, "cu_seqlens", ScalarType::Int, 1);
+  check_bounds(cu_seqlens, "cu_seqlens", x);
   ConvSource source{};
   source.cu_seqlens = ints(cu_seqlens);
   source.width = x.size(1);
@@ -18,13 +28,16 @@ static ConvSource stored(const Tensor& x, const Tensor& cu_seqlens) {
 static ConvSource pooled(const Tensor& hidden, const Tensor& hidden_starts, const Tensor& weight, const Tensor& bias, double eps,
                          bool rounded, const Tensor& keep, const Tensor& cu_seqlens) {
   check(hidden, "hidden", ScalarType::Float, 2);
-  check(hidden_starts, "hidden_starts", ScalarType::Int, 1);
+  check_bounds(hidden_starts, "hidden_starts", hidden);
   check(weight, "weight", ScalarType::Float, 1);
   check(bias, "bias", ScalarType::Float, 1);
-  check(cu_seqlens, "cu_seqlens", ScalarType::Int, 1);
+  check_bounds(cu_seqlens, "cu_seqlens");
   const int64_t width = hidden.size(1);
   STD_TORCH_CHECK(weight.size(0) == width && bias.size(0) == width, "hidden, weight and bias must agree in width");
   STD_TORCH_CHECK(hidden_starts.size(0) == cu_seqlens.size(0), "hidden_starts and cu_seqlens must agree in segments");
+  for (int64_t i = 0; i + 1 < cu_seqlens.size(0); i++)
+    STD_TORCH_CHECK(ints(cu_seqlens)[i + 1] - ints(cu_seqlens)[i] == (ints(hidden_starts)[i + 1] - ints(hidden_starts)[i]) / 2,
+                    "segment ", i, " must have a frame for every two hidden rows");
   ConvSource source{};
   source.cu_seqlens = ints(cu_seqlens);
   source.width = width;
@@ -37,18 +50,19 @@ static ConvSource pooled(const Tensor& hidden, const Tensor& hidden_starts, cons
   if (keep.numel()) {
     check(keep, "keep", rounded ? ScalarType::BFloat16 : ScalarType::Float, 2);
     STD_TORCH_CHECK(keep.size(1) == width, "keep must be as wide as hidden");
+    check_bounds(cu_seqlens, "cu_seqlens", keep);
     source.keep = keep.mutable_data_ptr();
   }
   return source;
 }
 
 // Columns `[rows, 3 * width]` of outputs `first` and following, or planes `[7, tiles, width]` of tiles `first` and following.
-static void gather(const ConvSource& source, int64_t first, const Tensor& out) {
+static void gather(const ConvSource& source, const Tensor& cu_seqlens, int64_t first, const Tensor& out) {
   const bool tiles = out.dim() == 3;
   check(out, "out", ScalarType::Float, tiles ? 3 : 2);
-  STD_TORCH_CHECK(first >= 0, "first must not be negative");
   STD_TORCH_CHECK(tiles ? out.size(0) == 7 && out.size(2) == source.width : out.size(1) == 3 * source.width,
                   "out must be [rows, 3 * width] or [7, tiles, width]");
+  check_part(cu_seqlens, tiles, first, out.size(tiles ? 1 : 0));
   if (tiles)
     STEP_CPU(conv_gather_tiles, source, first, out.size(1), mutable_floats(out));
   else
@@ -56,20 +70,21 @@ static void gather(const ConvSource& source, int64_t first, const Tensor& out) {
 }
 
 static void conv_gather_cpu(const Tensor& x, const Tensor& cu_seqlens, int64_t first, const Tensor& out) {
-  gather(stored(x, cu_seqlens), first, out);
+  gather(stored(x, cu_seqlens), cu_seqlens, first, out);
 }
 
 static void pool_norm_gather_cpu(const Tensor& hidden, const Tensor& hidden_starts, const Tensor& weight, const Tensor& bias,
                                  double eps, bool rounded, const Tensor& keep, const Tensor& cu_seqlens, int64_t first,
                                  const Tensor& out) {
-  gather(pooled(hidden, hidden_starts, weight, bias, eps, rounded, keep, cu_seqlens), first, out);
+  gather(pooled(hidden, hidden_starts, weight, bias, eps, rounded, keep, cu_seqlens), cu_seqlens, first, out);
 }
 
 static void conv_scatter_cpu(const Tensor& columns, const Tensor& cu_seqlens, int64_t first, const Tensor& x) {
   check(x, "x", ScalarType::Float, 2);
-  check(cu_seqlens, "cu_seqlens", ScalarType::Int, 1);
+  check_bounds(cu_seqlens, "cu_seqlens", x);
   check(columns, "columns", ScalarType::Float, 2);
-  STD_TORCH_CHECK(columns.size(1) == 3 * x.size(1) && first >= 0, "columns must have three values for each channel of x");
+  STD_TORCH_CHECK(columns.size(1) == 3 * x.size(1), "columns must have three values for each channel of x");
+  check_part(cu_seqlens, false, first, columns.size(0));
   STEP_CPU(conv_scatter, floats(columns), ints(cu_seqlens), mutable_floats(x), first, columns.size(0), x.size(1));
 }
 
@@ -103,11 +118,15 @@ static void bias_gelu_cpu(const Tensor& hidden, const Tensor& bias, const Tensor
   STEP_CPU(bias_gelu, mutable_floats(hidden), floats(bias), mutable_floats(out), hidden.size(0), hidden.size(1));
 }
 
+// Tiles' planes, and the rows of all outputs.
 static void check_tiles(const Tensor& planes, const Tensor& rows, const Tensor& cu_seqlens, int64_t first) {
   check(planes, "planes", ScalarType::Float, 3);
   check(rows, "rows", ScalarType::Float, 2);
-  check(cu_seqlens, "cu_seqlens", ScalarType::Int, 1);
-  STD_TORCH_CHECK(planes.size(0) == 5 && planes.size(2) == rows.size(1) && first >= 0, "planes must be [5, tiles, width]");
+  STD_TORCH_CHECK(planes.size(0) == 5 && planes.size(2) == rows.size(1), "planes must be [5, tiles, width]");
+  check_bounds(cu_seqlens, "cu_seqlens");
+  check_part(cu_seqlens, true, first, planes.size(1));
+  const int64_t outputs = total(cu_seqlens, outputs_of);
+  STD_TORCH_CHECK(outputs == rows.size(0), "the segments have ", outputs, " outputs, but there are ", rows.size(0), " rows");
 }
 
 static void conv_join_tiles_cpu(const Tensor& products, const Tensor& cu_seqlens, const Tensor& bias, int64_t first,

@@ -1,4 +1,4 @@
-#include "native.h"
+#include "segments.h"
 
 #ifdef STEP_WITH_CUDA
 extern "C" int step_pool_norm_downsample(int dtype, const void* hidden, const int32_t* source_row, const void* weight,
@@ -22,6 +22,9 @@ static void check_shapes(const Tensor& hidden, const Tensor& rows, const Tensor&
 static void pool_norm_downsample_cpu(const Tensor& hidden, const Tensor& cu_seqlens, const Tensor& weight, const Tensor& bias,
                                      double eps, const Tensor& out) {
   check_shapes(hidden, cu_seqlens, weight, bias, out, ScalarType::Float);
+  check_bounds(cu_seqlens, "cu_seqlens", hidden);
+  const int64_t pooled = total(cu_seqlens, [](int64_t frames) { return frames / 2; });
+  STD_TORCH_CHECK(pooled == out.size(0), "the segments have ", pooled, " outputs, but there are ", out.size(0), " rows");
   STEP_CPU(pool_norm_downsample, floats(hidden), ints(cu_seqlens), cu_seqlens.size(0) - 1, floats(weight), floats(bias),
            mutable_floats(out), out.size(0), hidden.size(1), static_cast<float>(eps));
 }

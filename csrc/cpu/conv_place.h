@@ -1,13 +1,11 @@
-// Outputs of the strided convolution over packed segments: a segment of n frames has (n + 1) / 2 of them. Three that follow each
-// other in a segment are a tile, the last one of a segment may have one or two.
+// Outputs of the strided convolution over packed segments, and tiles of them: a segment of n frames has (n + 1) / 2 outputs.
 #pragma once
 
+#include "conv_source.h"
 #include "isa.h"
 
 namespace step {
 namespace STEP_ISA {
-
-constexpr int kTile = 3;
 
 static inline int64_t outputs_of(const int32_t* cu_seqlens, int64_t segment) {
   return (cu_seqlens[segment + 1] - cu_seqlens[segment] + 1) / 2;

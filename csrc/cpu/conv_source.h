@@ -5,6 +5,9 @@
 
 namespace step {
 
+// Outputs of a segment that follow each other and share products; the last tile of a segment may have one or two.
+constexpr int kTile = 3;
+
 struct ConvSource {
   const int32_t* cu_seqlens;  // bounds of the segments, in frames
   int64_t width;

@@ -17,6 +17,7 @@ from torch.nn.functional import conv1d, gelu, linear, pad
 
 from step_kernels import conv_products, native, registry
 from step_kernels.gathered_matmul import gathered_matmul, gathered_weight_gradient
+from step_kernels.segments import check_counts
 
 OP = "conv_downsample_gelu"
 registry.register(OP, triton=registry.HALF, cpp=(torch.float32,))
@@ -57,13 +58,16 @@ def conv_downsample_gelu(
         rows: number of output rows, `sum((length + 1) // 2)`, known to the packer, so that the host never waits for the device.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or types that do not fit; or bounds in CPU memory that do not fit `x` or `rows` (on a device nobody
+            looks).
     """
     if x.dim() != 2 or weight.dim() != 3 or weight.shape[1:] != (x.shape[1], 3) or bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{OP}: x {tuple(x.shape)}, weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be [frames, in], "
             "[out, in, 3] and [out]"
         )
+    if bias.dtype != weight.dtype:
+        raise ValueError(f"{OP}: weight in {weight.dtype} and bias in {bias.dtype} must be of one type")
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
     return _op(x, cu_seqlens, weight, bias, rows, trained)[0]
 
@@ -73,6 +77,7 @@ def _op(
     x: torch.Tensor, cu_seqlens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rows: int, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The result and, if backward will want them (`keep`), the values before GELU."""
+    check_counts(OP, len(x), cu_seqlens, rows=(rows, lambda lengths: (lengths + 1) // 2))
     x, weight, bias, chosen = _prepare(x, weight, bias)
     out = weight.new_empty(rows, weight.shape[0])
     before = torch.empty_like(out) if keep else out

@@ -12,7 +12,8 @@ q0 ... q3 around them, S = (W0 + W2) / 2 and D = (W0 - W2) / 2:
 
 Seven products instead of nine for a tile. Its gradient is the transpose: that of W0 (q0 - q2) is y0's, that of s is the sum of
 all three, that of d is y0 - y1 + y2's. A frame that the segment lacks is zero, so a tile looks at nothing beyond its segment, and
-tiles are counted from its start: neighbours in the pack change no bit. A NaN reaches all outputs of its tile.
+tiles are counted from its start: what neighbours in the pack hold changes no bit. Their size may, for a pack goes by tiles as a
+whole or not at all, and the two sum in another order. A NaN reaches all outputs of its tile.
 """
 
 from collections.abc import Callable

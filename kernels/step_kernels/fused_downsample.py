@@ -20,6 +20,7 @@ import torch
 from step_kernels import conv_downsample, conv_products, registry
 from step_kernels.pool_norm_downsample import in_torch as pool_norm_in_torch
 from step_kernels.pool_norm_downsample import pool_norm_downsample_reference, source_rows
+from step_kernels.segments import check_counts
 from step_kernels.triton_language import jit, tl, triton
 
 OP = "fused_downsample"
@@ -78,7 +79,8 @@ def fused_downsample(
         rows: of the result, `sum((length // 2 + 1) // 2)`. Both are known to the packer: the host never waits for the device.
 
     Raises:
-        ValueError: shapes that do not fit; or hidden state or layer norm require gradients: the encoder is frozen.
+        ValueError: shapes or types that do not fit; hidden state or layer norm require gradients, but the encoder is frozen; or
+            bounds in CPU memory that do not fit `hidden`, `frames` or `rows` (on a device nobody looks).
     """
     width = hidden.shape[-1]
     if hidden.dim() != 2 or weight.dim() != 3 or weight.shape[1:] != (width, 3) or bias.shape != weight.shape[:1]:
@@ -88,6 +90,9 @@ def fused_downsample(
         )
     if norm_weight.shape != (width,) or norm_bias.shape != (width,):
         raise ValueError(f"{OP}: layer norm of {tuple(norm_weight.shape)} and {tuple(norm_bias.shape)} for rows of {width}")
+    if {norm_weight.dtype, norm_bias.dtype} != {hidden.dtype} or bias.dtype != weight.dtype:
+        types = ", ".join(str(each.dtype) for each in (hidden, norm_weight, norm_bias, weight, bias))
+        raise ValueError(f"{OP}: the layer norm must be of hidden's type and bias of weight's, not {types}")
     if torch.is_grad_enabled() and any(each.requires_grad for each in (hidden, norm_weight, norm_bias)):
         raise ValueError(f"{OP} gives the encoder no gradient, it is frozen; use the reference to train it")
     trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
@@ -117,6 +122,8 @@ def _op(
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The result and, if backward will want them (`keep`), the features and the values before GELU."""
+    counts = {"frames": (frames, lambda lengths: lengths // 2), "rows": (rows, lambda lengths: (lengths // 2 + 1) // 2)}
+    check_counts(OP, len(hidden), cu_seqlens, **counts)
     out = weight.new_empty(rows, len(weight))
     before = torch.empty_like(out) if keep else out
     features = hidden.new_empty(frames if keep else 0, hidden.shape[1], dtype=stored)
@@ -175,6 +182,25 @@ def _pooled(hidden, place, inside, width):
 
 
 @jit
+def _statistics(hidden, first, present, width, eps, BLOCK_K: tl.constexpr):
+    """Mean of each frame and one over its deviation; `first` is where its two hidden rows begin.
+
+    A pass over the rows with the second moment about the mean, block by block (Chan et al. 1979).
+    """
+    mean, moment = tl.zeros_like(first).to(tl.float32), tl.zeros_like(first).to(tl.float32)
+    for begin in range(0, width, BLOCK_K):
+        channel = begin + tl.arange(0, BLOCK_K)
+        pooled = _pooled(hidden, first[:, None] + channel[None, :], present[:, None] & (channel < width)[None, :], width)
+        count = tl.minimum(width - begin, BLOCK_K)
+        block_mean = tl.sum(pooled, 1) / count
+        centred = tl.where((channel < width)[None, :], pooled - block_mean[:, None], 0.0)
+        change = block_mean - mean
+        moment += tl.sum(centred * centred, 1) + change * change * (begin * count / (begin + count))
+        mean += change * (count / (begin + count))
+    return mean, tl.rsqrt(moment / width + eps)
+
+
+@jit
 def fused_downsample_kernel(
     hidden,
     taps,
@@ -208,19 +234,7 @@ def fused_downsample_kernel(
     for tap in tl.static_range(3):
         frame = tl.load(taps + row * 3 + tap, mask=row < rows, other=-1)
         first = tl.load(source + frame, mask=frame >= 0, other=0).to(tl.int64) * width
-        # A pass over the rows with the second moment about the mean, block by block (Chan et al. 1979).
-        mean, moment = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
-        for begin in range(0, width, BLOCK_K):
-            channel = begin + tl.arange(0, BLOCK_K)
-            inside = (frame >= 0)[:, None] & (channel < width)[None, :]
-            pooled = _pooled(hidden, first[:, None] + channel[None, :], inside, width)
-            count = tl.minimum(width - begin, BLOCK_K)
-            block_mean = tl.sum(pooled, 1) / count
-            centred = tl.where((channel < width)[None, :], pooled - block_mean[:, None], 0.0)
-            change = block_mean - mean
-            moment += tl.sum(centred * centred, 1) + change * change * (begin * count / (begin + count))
-            mean += change * (count / (begin + count))
-        scale = tl.rsqrt(moment / width + eps)
+        mean, scale = _statistics(hidden, first, frame >= 0, width, eps, BLOCK_K)
         for begin in range(0, width, BLOCK_K):
             channel = begin + tl.arange(0, BLOCK_K)
             inside = (frame >= 0)[:, None] & (channel < width)[None, :]

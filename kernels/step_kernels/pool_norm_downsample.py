@@ -11,6 +11,7 @@ Source: Step-Audio 2 / Qwen2-Audio encoder (`avg_pooler`, then the final layer n
 import torch
 
 from step_kernels import native, registry
+from step_kernels.segments import check_counts
 
 OP = "pool_norm_downsample"
 registry.register(OP, cuda=(torch.float32, *registry.HALF), cpp=(torch.float32,))
@@ -48,7 +49,8 @@ def pool_norm_downsample(
         rows: number of output rows, `sum(length // 2)`, known to the packer, so that the host never waits for the device.
 
     Raises:
-        ValueError: if `hidden` requires gradients: the op is forward only.
+        ValueError: `hidden` requires gradients, but the op is forward only; or bounds in CPU memory that do not fit `hidden` or
+            `rows` (on a device nobody looks).
     """
     if hidden.requires_grad and torch.is_grad_enabled():
         raise ValueError("pool_norm_downsample is forward only: the encoder is frozen; use the reference to train it")
@@ -59,6 +61,7 @@ def pool_norm_downsample(
 def _op(
     hidden: torch.Tensor, cu_seqlens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, rows: int
 ) -> torch.Tensor:
+    check_counts(OP, len(hidden), cu_seqlens, rows=(rows, lambda lengths: lengths // 2))
     chosen = registry.backend(OP, hidden)
     if chosen == "torch":
         return in_torch(hidden, cu_seqlens, weight, bias, eps, rows)

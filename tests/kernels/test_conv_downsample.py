@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_kernels import conv_downsample_gelu, conv_products
+from step_kernels import conv_downsample_gelu, conv_products, native
 from step_kernels.conv_downsample import _op, conv_downsample_gelu_reference, downsample_taps, upsample_taps
 from step_kernels.segments import cumulative
-from support.kernel_checks import assert_as_good_as_plain, backends_here, forced
+from support.kernel_checks import assert_as_good_as_plain, backends_here, forced, threads
 from support.triton_faults import with_fault
 
 WIDTH, OUT = 12, 7
@@ -112,18 +112,42 @@ def test_many_rows_go_by_tiles_and_few_do_not(monkeypatch):
 
 
 @pytest.mark.parametrize("tiles", [False, True])
-def test_bits_depend_neither_on_neighbours_nor_on_threads(tiles):
+def test_what_neighbours_hold_changes_no_bit_and_threads_change_little(tiles):
+    """The library of the products promises no bits across threads; the size of a pack may choose the other products."""
     lengths, results = [41, 700, 6], []
     x, weight, bias = inputs(lengths, 64, 96)
-    for threads, before, after in ((1, 1.0, 1.0), (2, 1.0, 1.0), (1, 1e4, -1e4)):
+    for count, before, after in ((1, 1.0, 1.0), (1, 1e4, -1e4), (2, 1.0, 1.0)):
         other = x.clone()
         other[:41] *= before
         other[741:] *= after
-        torch.set_num_threads(threads)
-        with forced("cpp"), by_tiles() if tiles else contextlib.nullcontext():
+        with threads(count), forced("cpp"), by_tiles() if tiles else contextlib.nullcontext():
             results.append(conv_downsample_gelu(other, cumulative(lengths), weight, bias, conv_rows(lengths))[21:371])
-    torch.set_num_threads(1)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernels_around_the_products_give_the_same_bits_for_any_threads():
+    """All but the products, on rows and columns enough for several threads; odd widths have a tail."""
+    every, width, ops = [410, 0, 1, 700], 133, native.ops()
+    x, bounds, rows = random(sum(every), width), cumulative(every), conv_rows(every)
+    tiles = sum(((length + 1) // 2 + 2) // 3 for length in every)
+    products, columns, hidden = random(5, tiles, width), random(rows, 3 * width), random(rows, width, seed=1)
+    weight, results = random(width, width, 3), []
+    for count in (1, 2):
+        shapes = (rows, 3 * width), (7, tiles, width), (rows, width), (rows, width), (5, tiles, width), (rows, width), (width,)
+        gathered, planes, before, out, gradients, slope, total = made = [torch.full(shape, float("nan")) for shape in shapes]
+        split, joined, scattered = torch.empty(5, width, width), torch.empty_like(weight), torch.zeros_like(x)
+        with threads(count):
+            ops.conv_gather(x, bounds, 0, gathered)
+            ops.conv_gather(x, bounds, 0, planes)
+            ops.conv_join_tiles(products, bounds, hidden[0], 0, before, out)
+            ops.conv_gradient_tiles(hidden, bounds, 0, gradients)
+            ops.gelu_gradient(hidden, columns[:, :width].contiguous(), slope, total)
+            ops.conv_split_weight(weight, split)
+            ops.conv_join_weight(split, joined)
+            ops.conv_scatter(columns, bounds, 0, scattered)
+        results.append([*made, split, joined, scattered])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 FORWARD, WEIGHT = "gathered_matmul_kernel", "gathered_weight_gradient_kernel"
@@ -235,6 +259,60 @@ def test_shapes_that_do_not_fit_are_refused():
     x, weight, bias = inputs([4])
     with pytest.raises(ValueError, match="must be"):
         conv_downsample_gelu(x[:, :5], cumulative([4]), weight, bias, 2)
+
+
+def test_types_that_do_not_fit_are_refused():
+    x, weight, bias = inputs([4])
+    with pytest.raises(ValueError, match="one type"):
+        conv_downsample_gelu(x, cumulative([4]), weight, bias.bfloat16(), 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize(
+    ("bounds", "rows", "named"),
+    [
+        ([0, 7, 11], 5, "rows is 5, but the segments make 6"),
+        ([0, 7, 11], 7, "rows is 7"),
+        ([0, 7, 10], 6, "rise from 0 to 11"),
+        ([0, 7, 13], 7, "rise"),
+        ([1, 7, 11], 5, "rise"),
+        ([0, 12, 11], 6, "rise"),
+    ],
+)
+def test_bounds_and_rows_that_contradict_each_other_are_refused(backend, tiles, bounds, rows, named):
+    x, weight, bias = inputs([7, 4], dtype=torch.bfloat16 if backend == "triton" else torch.float32)
+    with forced(backend), by_tiles() if tiles else contextlib.nullcontext(), pytest.raises(ValueError, match=named):
+        conv_downsample_gelu(x, torch.tensor(bounds, dtype=torch.int32), weight, bias, rows)
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes", "named"),
+    [
+        # Segments of 7 and 4 frames: 6 outputs in 3 tiles.
+        ("conv_gather", [(11, 2), None, 1, (6, 6)], "6 outputs, not 6 from 1"),
+        ("conv_gather", [(11, 2), None, -1, (6, 6)], "6 outputs"),
+        ("conv_gather", [(11, 2), None, 0, (7, 4, 2)], "3 tiles"),
+        ("conv_gather", [(10, 2), None, 0, (6, 6)], "ends at 11"),
+        ("conv_scatter", [(7, 6), None, 0, (11, 2)], "6 outputs"),
+        ("conv_scatter", [(6, 6), None, 0, (10, 2)], "ends at 11"),
+        ("conv_join_tiles", [(5, 3, 2), None, (2,), 0, (5, 2), (5, 2)], "6 outputs, but there are 5"),
+        ("conv_join_tiles", [(5, 3, 2), None, (2,), 0, (7, 2), (7, 2)], "6 outputs, but there are 7"),
+        ("conv_join_tiles", [(5, 3, 2), None, (2,), 1, (6, 2), (6, 2)], "3 tiles"),
+        ("conv_gradient_tiles", [(5, 2), None, 0, (5, 3, 2)], "6 outputs, but there are 5"),
+        ("conv_gradient_tiles", [(6, 2), None, 0, (5, 4, 2)], "3 tiles"),
+    ],
+)
+def test_the_library_writes_nothing_beside_its_tensors(op, shapes, named):
+    arguments = [cumulative([7, 4]) if s is None else s if isinstance(s, int) else torch.zeros(s) for s in shapes]
+    with pytest.raises(RuntimeError, match=named):
+        getattr(native.ops(), op)(*arguments)
+
+
+@pytest.mark.parametrize("bounds", [[], [1, 11], [0, 12, 11]])
+def test_the_library_refuses_bounds_out_of_order(bounds):
+    with pytest.raises(RuntimeError, match="cu_seqlens must"):
+        native.ops().conv_gather(torch.zeros(11, 2), torch.tensor(bounds, dtype=torch.int32), 0, torch.zeros(1, 6))
 
 
 @pytest.mark.parametrize("lengths", [[5, 4, 0, 1], []])

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_kernels import conv_downsample_gelu, conv_products, fused_downsample, pool_norm_downsample, registry
+from step_kernels import conv_downsample_gelu, conv_products, fused_downsample, native, pool_norm_downsample, registry
 from step_kernels.fused_downsample import _op, feature_starts, fused_downsample_reference
 from step_kernels.segments import cumulative
-from support.kernel_checks import assert_as_good_as_plain, backends_here, forced
+from support.kernel_checks import assert_as_good_as_plain, backends_here, forced, threads
 from support.triton_faults import with_fault
 
 EPS = 1e-5
@@ -135,17 +135,32 @@ def test_other_content_next_door_changes_nothing(backend):
 
 
 @pytest.mark.parametrize("tiles", [False, True])
-def test_bits_depend_neither_on_threads_nor_on_what_is_kept(tiles):
+def test_what_is_kept_changes_no_bit_and_threads_change_little(tiles):
+    """The library of the products promises no bits across threads."""
     segments, results = [1400, 3, 333], []
     hidden, norm_weight, norm_bias, weight, bias = inputs(segments, 64, 96)
-    for threads, trained in ((1, False), (2, False), (2, True)):
-        torch.set_num_threads(threads)
+    for count, trained in ((2, False), (2, True), (1, False)):
         norm = norm_weight, norm_bias, EPS
-        with forced("cpp"), by_tiles(tiles):
+        with threads(count), forced("cpp"), by_tiles(tiles):
             out = fused_downsample(hidden, cumulative(segments), *norm, weight.requires_grad_(trained), bias, *counts(segments))
         results.append(out.detach())
-    torch.set_num_threads(1)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_frames_are_made_with_the_same_bits_for_any_threads(tiles):
+    segments, results = [1400, 3, 333], []
+    hidden, norm_weight, norm_bias, *_ = inputs(segments, 133)
+    starts, (frames, rows) = cumulative(segments), counts(segments)
+    places = sum(((length // 2 + 1) // 2 + 2) // 3 for length in segments)
+    for count in (1, 2):
+        kept = torch.full((frames, 133), float("nan"), dtype=torch.bfloat16)
+        out = torch.full((7, places, 133) if tiles else (rows, 3 * 133), float("nan"))
+        with threads(count):
+            native.ops().pool_norm_gather(hidden, starts, norm_weight, norm_bias, EPS, True, kept, feature_starts(starts), 0, out)
+        results.append((kept, out))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -219,6 +234,61 @@ def test_shapes_that_do_not_fit_are_refused():
     for wrong in ((hidden[:, :5], norm_weight, norm_bias, weight), (hidden, norm_weight[:5], norm_bias, weight)):
         with pytest.raises(ValueError, match="fused_downsample"):
             fused_downsample(wrong[0], cumulative([4]), *wrong[1:3], EPS, wrong[3], bias, 2, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", [1, 2, 4])
+def test_types_that_do_not_fit_are_refused(backend, place):
+    arguments = inputs([4])
+    arguments[place] = arguments[place].bfloat16()
+    hidden, norm_weight, norm_bias, weight, bias = arguments
+    with forced(backend), pytest.raises(ValueError, match="must be of hidden's type and bias of weight's"):
+        fused_downsample(hidden, cumulative([4]), norm_weight, norm_bias, EPS, weight, bias, 2, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    ("bounds", "frames", "rows", "named"),
+    [
+        ([0, 9, 15], 6, 4, "frames is 6, but the segments make 7"),
+        ([0, 9, 15], 8, 4, "frames is 8"),
+        ([0, 9, 15], 7, 3, "rows is 3, but the segments make 4"),
+        ([0, 9, 15], 7, 5, "rows is 5"),
+        ([0, 9, 17], 8, 4, "rise from 0 to 15"),
+        ([0, 17, 15], 7, 4, "rise"),
+    ],
+)
+def test_bounds_and_counts_that_contradict_each_other_are_refused(backend, tiles, trained, bounds, frames, rows, named):
+    hidden, norm_weight, norm_bias, weight, bias = inputs([9, 6])
+    norm = norm_weight, norm_bias, EPS
+    with forced(backend), by_tiles(tiles), pytest.raises(ValueError, match=named):
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        fused_downsample(hidden, cu_seqlens, *norm, weight.requires_grad_(trained), bias, frames, rows)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize(
+    ("hidden", "hidden_starts", "kept", "starts", "outputs", "named"),
+    [
+        # Segments of 9 and 6 hidden rows: 4 and 3 frames, 2 and 2 outputs.
+        (15, [0, 9, 15], 6, [0, 4, 7], 1, "cu_seqlens ends at 7, but there are 6 rows"),
+        (15, [0, 9, 15], 8, [0, 4, 7], 1, "there are 8 rows"),
+        (14, [0, 9, 15], 7, [0, 4, 7], 1, "hidden_starts ends at 15"),
+        (15, [0, 9, 15], 7, [0, 3, 7], 1, "segment 0 must have a frame for every two"),
+        (15, [0, 9, 15], 8, [0, 4, 8], 1, "segment 1 must"),
+        (15, [0, 9, 15], 7, [0, 4, 7], 5, "the segments have"),
+        (15, [0, 9, 15], 0, [0, 4, 7], 5, "the segments have"),
+    ],
+)
+def test_the_library_writes_no_frame_beside_its_tensors(tiles, hidden, hidden_starts, kept, starts, outputs, named):
+    bounds = [torch.tensor(each, dtype=torch.int32) for each in (hidden_starts, starts)]
+    out, norm = torch.zeros((7, outputs, 2) if tiles else (outputs, 6)), (torch.ones(2), torch.zeros(2), EPS)
+    with pytest.raises(RuntimeError, match=named):
+        native.ops().pool_norm_gather(
+            torch.zeros(hidden, 2), bounds[0], *norm, True, torch.zeros(kept, 2).bfloat16(), bounds[1], 0, out
+        )
 
 
 @pytest.mark.parametrize("lengths", [[5, 4, 0, 1], []])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_kernels import pool_norm_downsample
+from step_kernels import native, pool_norm_downsample
 from step_kernels.pool_norm_downsample import _op, pool_norm_downsample_reference
 from step_kernels.segments import cumulative
 from support.kernel_checks import assert_as_good_as_plain, backends_here, forced
@@ -93,6 +93,33 @@ def test_training_the_encoder_through_it_is_refused():
     hidden, cu_seqlens, weight, bias = inputs([4])
     with pytest.raises(ValueError, match="forward only"):
         pool_norm_downsample(hidden.requires_grad_(), cu_seqlens, weight, bias, EPS, 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("bounds", "count", "named"),
+    [
+        ([0, 7, 11], 4, "rows is 4, but the segments make 5"),
+        ([0, 7, 11], 6, "rows is 6"),
+        ([0, 7, 13], 6, "rise from 0 to 11"),
+        ([0, 13, 11], 5, "rise"),
+    ],
+)
+def test_bounds_and_rows_that_contradict_each_other_are_refused(backend, bounds, count, named):
+    hidden, _, weight, bias = inputs([7, 4])
+    with forced(backend), pytest.raises(ValueError, match=named):
+        pool_norm_downsample(hidden, torch.tensor(bounds, dtype=torch.int32), weight, bias, EPS, count)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "count", "named"),
+    [([0, 7, 11], 6, "5 outputs"), ([0, 7, 11], 4, "5 outputs"), ([0, 13], 6, "ends at 13"), ([0, 13, 11], 6, "must not fall")],
+)
+def test_the_library_reads_nothing_beside_its_tensors(bounds, count, named):
+    hidden, _, weight, bias = inputs([7, 4])
+    with pytest.raises(RuntimeError, match=named):
+        out = torch.empty(count, 40)
+        native.ops().pool_norm_downsample(hidden, torch.tensor(bounds, dtype=torch.int32), weight, bias, EPS, out)
 
 
 @pytest.mark.parametrize("lengths", [[5, 4, 0, 1], []])

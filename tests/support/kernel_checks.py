@@ -37,6 +37,17 @@ def forced(backend: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch have so many threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def assert_as_good_as_plain(actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> None:
     """Hold a result against the definition in float64 (`exact`) and in the result's dtype (`plain`)."""
     assert actual.shape == exact.shape and actual.dtype == plain.dtype
