@@ -51,7 +51,7 @@ struct Deinterleave {
   }
   void operator()(const float* from, vec* taps) const {
     const vec x = load(from), y = load(from + kLanes), z = load(from + 2 * kLanes);
-    for (int tap = 0; tap < 3; tap++) taps[tap] = __builtin_shuffle(__builtin_shuffle(x, y, low[tap]), z, high[tap]);
+    for (int tap = 0; tap < 3; tap++) taps[tap] = shuffled(shuffled(x, y, low[tap]), z, high[tap]);
   }
 };
 
@@ -193,18 +193,25 @@ void gelu_gradient(const float* gradient, const float* hidden, float* out, float
 // subtracted from the others' sum. An output that a tile lacks has none.
 void conv_gradient_tiles(const float* hidden, const int32_t* cu_seqlens, float* planes, int64_t first, int64_t tiles,
                          int64_t width) {
-  const int64_t plane = tiles * width;
+  const int64_t plane = tiles * width, whole = width / kLanes * kLanes, rest = width - whole;
   parallel_for(tiles, 1 + 2048 / (width + 1), [&](int64_t begin, int64_t end) {
     for_tiles(cu_seqlens, first + begin, first + end, [&](int64_t output, int64_t count, int64_t tile) {
       const float* from = hidden + output * width;
       float* to = planes + (tile - first) * width;
-      for (int64_t i = 0; i < width; i++) {
-        const float a = from[i], b = count > 1 ? from[width + i] : 0.0f, c = count > 2 ? from[2 * width + i] : 0.0f;
-        to[i] = a;
-        to[plane + i] = b;
-        to[2 * plane + i] = c;
-        to[3 * plane + i] = a + c + b;
-        to[4 * plane + i] = a + c - b;
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const auto read = [&](int64_t row) {
+          const float* place = from + row * width + i;
+          return row >= count ? vec{} : i < whole ? load(place) : load_tail(place, rest);
+        };
+        const auto write = [&](int64_t place, vec value) {
+          i < whole ? store(to + place * plane + i, value) : store_tail(to + place * plane + i, value, rest);
+        };
+        const vec a = read(0), b = read(1), c = read(2);
+        write(0, a);
+        write(1, b);
+        write(2, c);
+        write(3, a + c + b);
+        write(4, a + c - b);
       }
     });
   });

@@ -116,13 +116,11 @@ struct Interleave {
   template <class Value>
   void operator()(const Value* a, const Value* b, const Value* c, float* out, int64_t width) const {
     int64_t i = 0;
-#if !defined(__clang__)  // which shuffles by constants only
     for (; i + kLanes <= width; i += kLanes) {
       const vec x = load_wide(a + i), y = load_wide(b + i), z = load_wide(c + i);
       for (int part = 0; part < 3; part++)
-        store(out + 3 * i + part * kLanes, __builtin_shuffle(__builtin_shuffle(x, y, first[part]), z, second[part]));
+        store(out + 3 * i + part * kLanes, shuffled(shuffled(x, y, first[part]), z, second[part]));
     }
-#endif
     for (; i < width; i++) {
       out[3 * i] = widen(a[i]);
       out[3 * i + 1] = widen(b[i]);

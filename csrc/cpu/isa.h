@@ -40,12 +40,22 @@ static inline void store_tail(float* to, vec value, int64_t count) { std::memcpy
 static inline vec maximum(vec a, vec b) { return a > b ? a : b; }
 static inline vec minimum(vec a, vec b) { return a < b ? a : b; }
 
+// Lane i gets lane `lanes[i]` of `a` and `b` one after the other.
+static inline vec shuffled(vec a, vec b, ivec lanes) {
+#if defined(__clang__)  // whose builtin takes constants only; it makes one shuffle of these where it knows the lanes
+  vec out;
+  for (int i = 0; i < kLanes; i++) out[i] = lanes[i] < kLanes ? a[lanes[i]] : b[lanes[i] - kLanes];
+  return out;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
 // Lane i gets the value of lane i ^ Distance.
 template <int Distance>
 static inline vec swapped(vec value) {
   ivec lanes;
   for (int i = 0; i < kLanes; i++) lanes[i] = i ^ Distance;
-  return __builtin_shuffle(value, lanes);
+  return shuffled(value, value, lanes);
 }
 static inline float sum(vec value) {
   if constexpr (kLanes > 8) value += swapped<8>(value);
