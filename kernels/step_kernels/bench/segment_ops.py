@@ -4,6 +4,8 @@ Each has to be twice as fast as eager torch (as fast, where that multiplies the 
 of the same code.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from step_kernels import conv_downsample_gelu, fused_downsample, gae_varlen, merge_audio_embeddings_, pool_norm_downsample
@@ -26,6 +28,18 @@ def _random(device: torch.device, *shape: int, scale: float = 1.0) -> torch.Tens
 
 def _peer(name: str, work: Work, limit: float) -> Contestant:
     return Contestant(name, lambda: work, limit)
+
+
+def _passes(arguments: tuple, leaves: tuple, gradient: torch.Tensor) -> list[tuple[str, Callable]]:
+    """By the name of what is timed, what makes work of a function; it may be given other arguments than `arguments`."""
+
+    def forward(function, a=arguments):
+        return forward_only(lambda: function(*a))
+
+    def both(function, a=arguments):
+        return forward_backward(lambda: function(*a), leaves, gradient)
+
+    return [("forward", forward), ("forward + backward", both)]
 
 
 def pool_norm_cases(device: torch.device) -> list[Case]:
@@ -83,13 +97,7 @@ def conv_cases(device: torch.device) -> list[Case]:
         leaves, gradient = _parameters(device, width), _random(device, rows, width)
         arguments, batch = (x, cu_seqlens, *leaves, rows), (*_padded(x, lengths), *leaves)
 
-        def forward(function, a=arguments):
-            return forward_only(lambda: function(*a))
-
-        def both(function, a=arguments, leaves=leaves, gradient=gradient):
-            return forward_backward(lambda: function(*a), leaves, gradient)
-
-        for name, wrap in (("forward", forward), ("forward + backward", both)):
+        for name, wrap in _passes(arguments, leaves, gradient):
             contestants = [
                 *ours("conv_downsample_gelu", wrap(conv_downsample_gelu), device),
                 _peer("eager, Conv1d a segment", wrap(conv_downsample_gelu_reference, arguments[:4]), _EAGER),
@@ -127,13 +135,7 @@ def fused_cases(device: torch.device) -> list[Case]:
         leaves, gradient = _parameters(device, width), _random(device, rows, width)
         arguments = (hidden, cu_seqlens, feature_starts(cu_seqlens), *norm, *leaves, frames, rows)
 
-        def forward(function, a=arguments):
-            return forward_only(lambda: function(*a))
-
-        def both(function, a=arguments, leaves=leaves, gradient=gradient):
-            return forward_backward(lambda: function(*a), leaves, gradient)
-
-        for name, wrap in (("forward", forward), ("forward + backward", both)):
+        for name, wrap in _passes(arguments, leaves, gradient):
             contestants = [
                 *ours("fused_downsample", wrap(_fused), device),
                 _peer("ours, two ops", wrap(_two_ops), _SAME_PRODUCT),
@@ -190,20 +192,14 @@ def merge_cases(device: torch.device) -> list[Case]:
         positions = torch.tensor(places, device=device)
         arguments, gradient = (tokens, audio, positions), _random(device, at, 1, width)
 
-        def forward(function, a=arguments):
-            return forward_only(lambda: function(*a))
-
-        def both(function, a=arguments, gradient=gradient):
-            return forward_backward(lambda: function(*a), a[:2], gradient)
-
-        for name, wrap in (("forward", forward), ("forward + backward", both)):
+        for name, wrap in _passes(arguments, (tokens, audio), gradient):
             contestants = [
                 *ours("merge_audio_embeddings", wrap(_merge), device),
                 eager(wrap(_index_copy), _EAGER),
                 Contestant("eager, masked_scatter", lambda wrap=wrap: wrap(_masked_scatter), _EAGER),
                 compiled(_index_copy, arguments, _COMPILED, wrap),
             ]
-            if wrap is forward:  # autograd does not let torch write into a leaf, nor into a view of one
+            if name == "forward":  # autograd does not let torch write into a leaf, nor into a view of one
                 contestants.append(Contestant("eager, in place", lambda wrap=wrap: wrap(_index_copy_in_place), _COMPILED))
             shape = f"{len(places)} audio tokens into {at} x {width}, {name}"
             cases.append(Case("merge-audio", shape, contestants, tolerance=0.0))
