@@ -35,7 +35,7 @@ from step_megatron.data.tokenizer import Tokenizer
 from step_megatron.evaluation.load import inference_config
 from step_megatron.model.adaptor import adaptor_entries
 from step_megatron.model.decoder import transformer_config
-from step_megatron.model.huggingface import decoder_entries
+from step_megatron.model.huggingface import EMBEDDING, decoder_entries
 from step_megatron.model.mapping import Entry, problems
 from step_megatron.model.whisper import encoder_entries, encoder_prefix, huggingface_name
 from step_megatron.runtime.progress import Progress
@@ -86,8 +86,7 @@ def export_run(run_dir: Path, out: Path, layout: str | None = None, step: int | 
             files = write_safetensors(
                 folder, tensors, _Reader(pieces), written=lambda name: bar.update(tensors[name].bytes / 1e6)
             )
-        dtypes = [info.dtype for info in tensors.values()]
-        tree["dtype"] = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
+        tree["dtype"] = str(reader.tensors[LANGUAGE_MODEL + EMBEDDING].dtype).removeprefix("torch.")
         tokenizer = _copy_tokenizer(config, folder)
         _write_json(folder / "config.json", tree)
         _write_json(folder / "generation_config.json", model_configs.generation(config, past, tokenizer))

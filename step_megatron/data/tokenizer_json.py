@@ -78,7 +78,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def add_specials(directory: Path, added: Mapping[str, int]) -> None:
-    """Add special tokens to the files of a directory, under the given ids."""
+    """Add special tokens to the files of a directory; their ids follow those there are, for the library counts on from them."""
     path = directory / FILE
     tree = _object(path, path.read_text(encoding="utf-8"))
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
