@@ -194,6 +194,8 @@ setup(
             "scikit-learn>=1.5,<2",
             "matplotlib>=3.8,<4",
             "triton>=3.6,<3.9",
+            # Its fused loss is held against ours.
+            "liger-kernel>=0.8,<0.9",
             "ruff>=0.9,<0.18",
             # nvcc where the machine has no toolkit (105 MB): the tests compile every CUDA kernel, with or without a GPU.
             "nvidia-cuda-nvcc==13.0.*",

@@ -15,7 +15,9 @@ In float16 gradients need the factor that the loss is scaled by (65,536 and more
 zero, and those below 6e-5 lose digits. Only backward knows it, so the loss mode computes as the other does there, four products.
 
 The weight may be this rank's share of the vocabulary (`vocabulary_start`, `group`): a row's maximum, sum and target are then
-joined over the ranks with one small message a chunk, and hidden's gradient is summed over them with one message in all.
+joined over the ranks with one small message a chunk, and hidden's gradient is summed over them with one message in all. Messages
+meet only where all ranks cut the tokens into the same chunks, and so all shares have the same number of rows. Where the
+vocabulary does not divide, rows of padding make up for it, and `vocabulary` says how many rows of all ranks are entries.
 
 Every product is a plain matrix product in the inputs' type, each chunk's into the same buffer; what is between them is two passes
 over the buffer, in float32: one reads the statistics of a row, one replaces logits by their gradient.
@@ -29,7 +31,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import cross_entropy
 
 from step_kernels import native, registry
-from step_kernels.softmax_rows import gradient_triton, losses_triton, scale_triton, statistics_triton
+from step_kernels.softmax_rows import Rows, exact, resolve, scale_triton
 
 OP = "linear_cross_entropy"
 registry.register(OP, triton=(*registry.HALF, torch.float32), cpp=(torch.float32,))
@@ -38,13 +40,15 @@ registry.register(OP, triton=(*registry.HALF, torch.float32), cpp=(torch.float32
 # three or more copies of all logits.
 _ROWS = {"cpu": 512, "cuda": 1024}
 _BUFFER_BYTES = {"cpu": 160 << 20, "cuda": 512 << 20}
+# Logit of padding: e^(x - m) is zero beside any other's, and so is its product with x - m, which it would not be for infinity.
+_PADDING = -1e20
 
 
 def linear_cross_entropy_reference(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Define the loss mode in plain torch, for a whole vocabulary; every backend is tested against this, in float64."""
-    losses = cross_entropy((hidden @ weight.t()).to(_exact(hidden)), labels, reduction="none")
+    losses = cross_entropy((hidden @ weight.t()).to(exact(hidden)), labels, reduction="none")
     return (losses if token_weights is None else losses * token_weights).sum(), losses.detach()
 
 
@@ -52,7 +56,7 @@ def linear_log_probs_reference(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Define the log-probability mode in plain torch, for a whole vocabulary."""
-    log_p = (hidden @ weight.t()).to(_exact(hidden)).log_softmax(-1)
+    log_p = (hidden @ weight.t()).to(exact(hidden)).log_softmax(-1)
     return log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
@@ -63,36 +67,39 @@ def linear_cross_entropy(
     token_weights: torch.Tensor | None = None,
     vocabulary_start: int = 0,
     group: ProcessGroup | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted sum of the tokens' cross entropies; its gradients are formed here and scaled in backward (float16: formed there).
 
     Args:
         hidden: `[tokens, width]`, the same on all ranks of `group`.
-        weight: `[vocabulary of this rank, width]`, in hidden's type.
+        weight: `[rows of this rank, width]`, in hidden's type; as many rows on every rank.
         labels: `[tokens]` int64, ids in the whole vocabulary; one that no rank holds is allowed where its weight is 0.
         token_weights: `[tokens]` float, None for ones. No gradient goes to it.
         vocabulary_start: the id of the weight's first row.
-        group: the ranks that share the vocabulary; None for one.
+        group: the ranks that share the vocabulary, in its order; None for one.
+        vocabulary: entries of the whole vocabulary. Rows from there on are padding, whatever they hold: they have no share in a
+            loss, and their gradient is zero. None where there is no padding.
 
     Returns:
         The sum of weight times loss, a scalar through which gradients flow, and the loss of every token, `[tokens]`, without
         gradient. Both in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes or types that do not fit.
+        ValueError: shapes, types or shares that do not fit.
     """
     _validate(hidden, weight, labels)
+    share = _share(weight, vocabulary_start, group, vocabulary)
     if token_weights is None:
-        token_weights = torch.ones_like(labels, dtype=_exact(hidden))
+        token_weights = torch.ones_like(labels, dtype=exact(hidden))
     if token_weights.shape != labels.shape:
         raise ValueError(f"{OP}: {len(labels)} labels, but token_weights of shape {tuple(token_weights.shape)}; give one a token")
-    token_weights = token_weights.detach().to(_exact(hidden))
+    token_weights = token_weights.detach().to(exact(hidden))
     wanted = [torch.is_grad_enabled() and each.requires_grad for each in (hidden, weight)]
     if hidden.dtype == torch.float16 and any(wanted):
-        log_probs, _ = linear_log_probs(hidden, weight, labels, vocabulary_start, group)
+        log_probs, _, _ = _log_probs(hidden, weight, labels, *share, False)
         return -(log_probs * token_weights).sum(), -log_probs.detach()
-    name = "" if group is None or group.size() == 1 else group.group_name
-    total, losses, _, _ = _op(hidden, weight, labels, token_weights, vocabulary_start, name, *wanted)
+    total, losses, _, _ = _op(hidden, weight, labels, token_weights, *share, *wanted)
     return total, losses
 
 
@@ -102,18 +109,21 @@ def linear_log_probs(
     labels: torch.Tensor,
     vocabulary_start: int = 0,
     group: ProcessGroup | None = None,
+    vocabulary: int | None = None,
+    with_entropy: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of every label and entropy of every token's distribution; arguments as in `linear_cross_entropy`.
 
     Returns:
-        `[tokens]` each, float32 (float64 for float64 inputs); both differentiable with respect to hidden and weight.
+        `[tokens]` each, float32 (float64 for float64 inputs); both differentiable with respect to hidden and weight. Without
+        `with_entropy` the second is empty.
 
     Raises:
-        ValueError: shapes or types that do not fit.
+        ValueError: shapes, types or shares that do not fit.
     """
     _validate(hidden, weight, labels)
-    name = "" if group is None or group.size() == 1 else group.group_name
-    log_probs, entropy, _ = _log_probs(hidden, weight, labels, vocabulary_start, name)
+    share = _share(weight, vocabulary_start, group, vocabulary)
+    log_probs, entropy, _ = _log_probs(hidden, weight, labels, *share, with_entropy)
     return log_probs, entropy
 
 
@@ -128,6 +138,22 @@ def _validate(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) 
         raise ValueError(f"{OP}: labels must be int64 [{hidden.shape[0]}], are {labels.dtype} {tuple(labels.shape)}")
 
 
+def _share(weight: torch.Tensor, start: int, group: ProcessGroup | None, vocabulary: int | None) -> tuple[int, int, str]:
+    """What is this rank's: id of the weight's first row, rows that are entries of the vocabulary, name of the group or ""."""
+    rows = weight.shape[0]
+    ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
+    # Where shares differ, some rank's does not begin where as many rows of each rank before it end.
+    if ranks > 1 and start != rank * rows:
+        raise ValueError(
+            f"{OP}: rank {rank} has {rows} rows from id {start} on, not from {rank * rows}; "
+            "give every rank as many, pad the last one and say what `vocabulary` is without padding"
+        )
+    if vocabulary is not None and not 0 < vocabulary - (start if ranks == 1 else 0) <= ranks * rows:
+        raise ValueError(f"{OP}: vocabulary is {vocabulary}, the weight has {rows} rows from id {start} on, on {ranks} ranks")
+    entries = rows if vocabulary is None else min(max(vocabulary - start, 0), rows)
+    return start, entries, group.group_name if ranks > 1 else ""
+
+
 @torch.library.custom_op("step::linear_cross_entropy", mutates_args=())
 def _op(
     hidden: torch.Tensor,
@@ -135,21 +161,22 @@ def _op(
     labels: torch.Tensor,
     token_weights: torch.Tensor,
     vocabulary_start: int,
+    entries: int,
     group: str,
     hidden_wanted: bool,
     weight_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows = _Rows(registry.backend(OP, hidden), vocabulary_start, group)
+    rows = Rows(registry.backend(OP, hidden), vocabulary_start, group)
     losses = torch.empty_like(token_weights)
     gradients = _Gradients(hidden, weight, hidden_wanted, weight_wanted)
-    for part, logits in _chunks(hidden, weight):
+    for part, logits in _chunks(hidden, weight, entries):
         rows.losses(logits, labels[part], token_weights[part], losses[part], hidden_wanted or weight_wanted)
         gradients.add(part, logits)
     return (losses * token_weights).sum(), losses, *gradients.finish(group)
 
 
 @_op.register_fake
-def _(hidden, weight, labels, token_weights, vocabulary_start, group, hidden_wanted, weight_wanted):
+def _(hidden, weight, labels, token_weights, vocabulary_start, entries, group, hidden_wanted, weight_wanted):
     gradients = [
         torch.empty_like(each, memory_format=torch.contiguous_format) if wanted else each.new_empty(0)
         for each, wanted in ((hidden, hidden_wanted), (weight, weight_wanted))
@@ -190,7 +217,7 @@ def _scale_gradients(ctx, grad_total, *_):
     else:
         for each in filter(lambda each: each is not None, gradients):
             _scale(each, grad_total)
-    return *gradients, *[None] * 6
+    return *gradients, *[None] * 7
 
 
 _op.register_autograd(_scale_gradients, setup_context=_save_gradients)
@@ -198,46 +225,64 @@ _op.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 @torch.library.custom_op("step::linear_log_probs", mutates_args=())
 def _log_probs(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, vocabulary_start: int, group: str
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    vocabulary_start: int,
+    entries: int,
+    group: str,
+    with_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows = _Rows(registry.backend(OP, hidden), vocabulary_start, group)
-    out = hidden.new_empty(3, hidden.shape[0], dtype=_exact(hidden))
-    for part, logits in _chunks(hidden, weight):
-        lse, target, entropy = rows.statistics(logits, labels[part], moments=True)
-        out[:, part] = torch.stack((target - lse, entropy, lse))
-    return tuple(each.clone() for each in out)
+    rows = Rows(registry.backend(OP, hidden), vocabulary_start, group)
+    log_probs, entropy, lse = out = _per_token(hidden, with_entropy)
+    for part, logits in _chunks(hidden, weight, entries):
+        lse[part], target, found = rows.statistics(logits, labels[part], with_entropy)
+        torch.sub(target, lse[part], out=log_probs[part])
+        if with_entropy:
+            entropy[part] = found
+    return out
 
 
 @_log_probs.register_fake
-def _(hidden, weight, labels, vocabulary_start, group):
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=_exact(hidden)) for _ in range(3))
+def _(hidden, weight, labels, vocabulary_start, entries, group, with_entropy):
+    return _per_token(hidden, with_entropy)
+
+
+def _per_token(hidden: torch.Tensor, with_entropy: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for log-probabilities, entropy (empty if not wanted) and log-sum-exp."""
+    tokens = hidden.shape[0]
+    return tuple(hidden.new_empty(count, dtype=exact(hidden)) for count in (tokens, tokens * with_entropy, tokens))
 
 
 @torch.library.custom_op("step::linear_log_probs_backward", mutates_args=())
 def _log_probs_backward(
     grad_log_probs: torch.Tensor,
-    grad_entropy: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
     entropy: torch.Tensor,
     lse: torch.Tensor,
     vocabulary_start: int,
+    entries: int,
     group: str,
     hidden_wanted: bool,
     weight_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = _Rows(registry.backend(OP, hidden), vocabulary_start, group)
+    rows = Rows(registry.backend(OP, hidden), vocabulary_start, group)
     gradients = _Gradients(hidden, weight, hidden_wanted, weight_wanted)
-    first, second = -(grad_log_probs + grad_entropy * entropy), -grad_entropy
-    for part, logits in _chunks(hidden, weight):
-        rows.gradient(logits, labels[part], lse[part], first[part], second[part], grad_log_probs[part])
+    first, second = -grad_log_probs, None
+    if grad_entropy is not None:
+        first, second = -(grad_log_probs + grad_entropy * entropy), -grad_entropy
+    for part, logits in _chunks(hidden, weight, entries):
+        at = (each if each is None else each[part] for each in (labels, lse, first, second, grad_log_probs))
+        rows.gradient(logits, *at)
         gradients.add(part, logits)
     return gradients.finish(group)
 
 
 @_log_probs_backward.register_fake
-def _(grad_log_probs, grad_entropy, hidden, weight, labels, entropy, lse, vocabulary_start, group, hidden_wanted, weight_wanted):
+def _(grad_log_probs, grad_entropy, hidden, weight, labels, entropy, lse, start, entries, group, hidden_wanted, weight_wanted):
     return tuple(
         torch.empty_like(each, memory_format=torch.contiguous_format) if wanted else each.new_empty(0)
         for each, wanted in ((hidden, hidden_wanted), (weight, weight_wanted))
@@ -245,40 +290,42 @@ def _(grad_log_probs, grad_entropy, hidden, weight, labels, entropy, lse, vocabu
 
 
 def _save_statistics(ctx, inputs, output):
-    hidden, weight, labels, ctx.vocabulary_start, ctx.group = inputs
+    hidden, weight, labels, *ctx.share, ctx.with_entropy = inputs
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(hidden, weight, labels, *output[1:])
 
 
 def _differentiate_log_probs(ctx, grad_log_probs, grad_entropy, _):
     wanted = ctx.needs_input_grad[:2]
-    grads = (grad_log_probs.contiguous(), grad_entropy.contiguous())
-    found = _log_probs_backward(*grads, *ctx.saved_tensors, ctx.vocabulary_start, ctx.group, *wanted)
-    return *(each if want else None for each, want in zip(found, wanted, strict=True)), None, None, None
+    grads = (grad_log_probs.contiguous(), grad_entropy.contiguous() if ctx.with_entropy else None)
+    found = _log_probs_backward(*grads, *ctx.saved_tensors, *ctx.share, *wanted)
+    return *(each if want else None for each, want in zip(found, wanted, strict=True)), *[None] * 5
 
 
 _log_probs.register_autograd(_differentiate_log_probs, setup_context=_save_statistics)
 
 
-def _exact(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def chunk_rows(tokens: int, vocabulary: int, element_bytes: int, device: str) -> int:
-    """Tokens whose logits are held at once: chunks of nearly equal size, in whole vectors of 32 rows."""
+    """Tokens whose logits are held at once: chunks of nearly equal size, in whole vectors of 32 rows; the same on all ranks."""
     most = max(32, min(_ROWS[device], _BUFFER_BYTES[device] // (vocabulary * element_bytes)) // 32 * 32)
     chunks = max(1, -(-tokens // most))
     return min(tokens, -(-tokens // (32 * chunks)) * 32)
 
 
-def _chunks(hidden: torch.Tensor, weight: torch.Tensor):
-    """Every chunk of tokens, as a slice, with its logits; the logits lie in one buffer, so they hold until the next chunk."""
+def _chunks(hidden: torch.Tensor, weight: torch.Tensor, entries: int):
+    """Every chunk of tokens, as a slice, with its logits; the logits lie in one buffer, so they hold until the next chunk.
+
+    Padding takes part in the products: a few rows more cost less than a width that matrix products are slow for.
+    """
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     rows = chunk_rows(tokens, vocabulary, weight.element_size(), "cpu" if hidden.device.type == "cpu" else "cuda")
     buffer = hidden.new_empty(rows, vocabulary)
     for begin in range(0, tokens, max(rows, 1)):
         part = slice(begin, min(begin + rows, tokens))
-        yield part, torch.mm(hidden[part], weight.t(), out=buffer[: part.stop - begin])
+        logits = torch.mm(hidden[part], weight.t(), out=buffer[: part.stop - begin])
+        if entries < vocabulary:
+            logits[:, entries:] = max(_PADDING, torch.finfo(logits.dtype).min)
+        yield part, logits
 
 
 class _Gradients:
@@ -301,87 +348,5 @@ class _Gradients:
 
     def finish(self, group: str) -> tuple[torch.Tensor, torch.Tensor]:
         if group and self.hidden_wanted:
-            torch.distributed.all_reduce(self.hidden, group=_resolve(group))
+            torch.distributed.all_reduce(self.hidden, group=resolve(group))
         return self.hidden, self.weight
-
-
-class _Rows:
-    """The two passes over a chunk's logits, by one backend; statistics are joined over the ranks that share the vocabulary."""
-
-    def __init__(self, backend: str, start: int, group: str):
-        self.backend, self.start, self.group = backend, start, group
-
-    def losses(
-        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, gradient: bool
-    ) -> None:
-        """Write every row's loss; if wanted, replace the logits by the gradient of the weighted sum."""
-        if self.backend == "triton" and not self.group:
-            losses_triton(logits, labels, weights, out, self.start, gradient)
-            return
-        lse, target, _ = self.statistics(logits, labels, moments=False)
-        torch.sub(lse, target, out=out)
-        if gradient:
-            self.gradient(logits, labels, lse, weights, torch.zeros_like(weights), -weights)
-
-    def statistics(
-        self, logits: torch.Tensor, labels: torch.Tensor, moments: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-sum-exp, target logit and (with `moments`) entropy of every row, over the whole vocabulary."""
-        if self.backend == "torch":
-            found = _statistics_torch(logits, labels - self.start)
-        else:
-            found = logits.new_empty(4, len(labels), dtype=torch.float32)
-            run = native.ops().softmax_statistics if self.backend == "cpp" else statistics_triton
-            run(logits, labels, self.start, moments, found)
-        largest, total, target, moment = self._join(found) if self.group else found
-        log_total = total.log()
-        return largest + log_total, target, log_total - moment / total
-
-    def gradient(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        lse: torch.Tensor,
-        first: torch.Tensor,
-        second: torch.Tensor,
-        at_target: torch.Tensor,
-    ) -> None:
-        """Replace every logit by `p (first + second log p)`, p = e^(logit - lse), and add `at_target` at the label."""
-        if self.backend == "torch":
-            _gradient_torch(logits, labels - self.start, lse, first, second, at_target)
-            return
-        run = native.ops().softmax_gradient if self.backend == "cpp" else gradient_triton
-        run(logits, labels, self.start, lse, first, second, at_target)
-
-    def _join(self, found: torch.Tensor) -> torch.Tensor:
-        """Statistics of the whole vocabulary from each rank's, `[4, rows]`; the same bits on every rank."""
-        group = _resolve(self.group)
-        shares = found.new_empty(4 * group.size(), found.shape[1])
-        torch.distributed.all_gather_into_tensor(shares, found, group=group)
-        largest, total, target, moment = shares.unflatten(0, (-1, 4)).unbind(1)
-        most = largest.amax(0)
-        below = largest - most
-        factor = below.exp()
-        return torch.stack((most, (total * factor).sum(0), target.sum(0), ((moment + total * below) * factor).sum(0)))
-
-
-def _resolve(group: str) -> ProcessGroup:
-    return torch.distributed.distributed_c10d._resolve_process_group(group)
-
-
-def _statistics_torch(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    values = logits.to(_exact(logits))
-    largest = values.amax(1)
-    below = values - largest[:, None]
-    power = below.exp()
-    inside = (target >= 0) & (target < logits.shape[1])
-    at = values.gather(1, target.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-    return torch.stack((largest, power.sum(1), at.where(inside, 0), (power * below).sum(1)))
-
-
-def _gradient_torch(logits, target, lse, first, second, at_target) -> None:
-    log_p = logits.to(lse.dtype) - lse[:, None]
-    gradient = log_p.exp() * (first[:, None] + second[:, None] * log_p)
-    inside = (target >= 0) & (target < logits.shape[1])
-    at = target.clamp(0, logits.shape[1] - 1)[:, None]
-    logits.copy_(gradient.scatter_add_(1, at, at_target.where(inside, 0)[:, None]))

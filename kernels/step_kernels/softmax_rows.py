@@ -1,18 +1,126 @@
-"""Triton kernels of `linear_cross_entropy`: passes over rows of logits, one program a row.
+"""Passes over rows of logits for `linear_cross_entropy`: `Rows`, by every backend, and the kernels in torch and Triton.
 
-A row of a whole vocabulary in bfloat16 is 317 KB: too long for one block, short enough that the rows in flight (one on each
-multiprocessor, 42 MB) are still in the second-level cache when they are read again. So a program walks over its row in blocks,
-and the fused kernel, which needs the row twice, reads it from memory once.
+In Triton one program has one row. That of a whole vocabulary in bfloat16 is 317 KB: too long for one block, short enough that
+the rows in flight (one on each multiprocessor, 42 MB) are still in the second-level cache when they are read again. So a program
+walks over its row in blocks, and the fused kernel, which needs the row twice, reads it from memory once.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.distributed import ProcessGroup
 
+from step_kernels import native
 from step_kernels.triton_language import jit, tl
 
 # 16 bytes a thread and load at 16 warps; smaller rows take a block of their own length.
 _BLOCK, _WARPS = 4096, 16
+
+
+class Rows:
+    """The two passes over a chunk's logits, by one backend; statistics are joined over the ranks that share the vocabulary."""
+
+    def __init__(self, backend: str, start: int, group: str):
+        self.backend, self.start, self.group = backend, start, group
+
+    def losses(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, gradient: bool
+    ) -> None:
+        """Write every row's loss; if wanted, replace the logits by the gradient of the weighted sum."""
+        if self.backend == "triton" and not self.group:
+            losses_triton(logits, labels, weights, out, self.start, gradient)
+            return
+        lse, target, _ = self.statistics(logits, labels, moments=False)
+        torch.sub(lse, target, out=out)
+        if gradient:
+            self.gradient(logits, labels, lse, weights, None, -weights)
+
+    def statistics(
+        self, logits: torch.Tensor, labels: torch.Tensor, moments: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-sum-exp, target logit and (with `moments`) entropy of every row, over the whole vocabulary."""
+        if self.backend == "torch":
+            found = statistics_torch(logits, labels - self.start, moments)
+        else:
+            found = logits.new_empty(4, len(labels), dtype=torch.float32)
+            run = native.ops().softmax_statistics if self.backend == "cpp" else statistics_triton
+            run(logits, labels, self.start, moments, found)
+        largest, total, target, moment = self._join(found) if self.group else found
+        log_total = total.log()
+        return largest + log_total, target, log_total - moment / total
+
+    def gradient(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        lse: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor | None,
+        at_target: torch.Tensor,
+    ) -> None:
+        """Replace every logit by `p (first + second log p)`, p = e^(logit - lse), and add `at_target` at the label.
+
+        `second` is None where no entropy has a gradient.
+        """
+        if self.backend == "torch":
+            gradient_torch(logits, labels - self.start, lse, first, second, at_target)
+            return
+        if self.backend == "triton":
+            gradient_triton(logits, labels, self.start, lse, first, second, at_target)
+            return
+        # It adds one product to an exponential there, so there is no other loop for none.
+        second = torch.zeros_like(first) if second is None else second
+        native.ops().softmax_gradient(logits, labels, self.start, lse, first, second, at_target)
+
+    def _join(self, found: torch.Tensor) -> torch.Tensor:
+        """Statistics of the whole vocabulary from each rank's, `[4, rows]`; the same bits on every rank."""
+        group = resolve(self.group)
+        shares = found.new_empty(4 * group.size(), found.shape[1])
+        torch.distributed.all_gather_into_tensor(shares, found, group=group)
+        largest, total, target, moment = shares.unflatten(0, (-1, 4)).unbind(1)
+        most = largest.amax(0)
+        below = largest - most
+        factor = below.exp()
+        return torch.stack((most, (total * factor).sum(0), target.sum(0), ((moment + total * below) * factor).sum(0)))
+
+
+def resolve(group: str) -> ProcessGroup:
+    """The group of this name, as ops are given it."""
+    return torch.distributed.distributed_c10d._resolve_process_group(group)
+
+
+def exact(tensor: torch.Tensor) -> torch.dtype:
+    """The type that sums and results are in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def statistics_torch(logits: torch.Tensor, target: torch.Tensor, moments: bool = True) -> torch.Tensor:
+    """`softmax_statistics` of the native library, in torch; `target` counts from the first column."""
+    values = logits.to(exact(logits))
+    largest = values.amax(1)
+    below = values - largest[:, None]
+    power = below.exp()
+    inside = (target >= 0) & (target < logits.shape[1])
+    at = values.gather(1, target.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    moment = (power * below).sum(1) if moments else torch.zeros_like(largest)
+    return torch.stack((largest, power.sum(1), at.where(inside, 0), moment))
+
+
+def gradient_torch(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor | None,
+    at_target: torch.Tensor,
+) -> None:
+    """`softmax_gradient` of the native library, in torch; `second` None for zeros."""
+    log_p = logits.to(lse.dtype) - lse[:, None]
+    slope = first[:, None] if second is None else first[:, None] + second[:, None] * log_p
+    gradient = log_p.exp() * slope
+    inside = (target >= 0) & (target < logits.shape[1])
+    at = target.clamp(0, logits.shape[1] - 1)[:, None]
+    logits.copy_(gradient.scatter_add_(1, at, at_target.where(inside, 0)[:, None]))
 
 
 @jit
@@ -118,13 +226,14 @@ def gradient_triton(
     start: int,
     lse: torch.Tensor,
     first: torch.Tensor,
-    second: torch.Tensor,
+    second: torch.Tensor | None,
     at_target: torch.Tensor,
 ) -> None:
-    """`softmax_gradient` of the native library, in Triton."""
+    """`softmax_gradient` of the native library, in Triton; `second` None for zeros."""
     rows, width = logits.shape
-    per_row = lse, first, second, at_target
-    softmax_gradient_kernel[(rows,)](logits, labels, *per_row, start, width, MOMENTS=True, **_launch(width))
+    moments = second is not None
+    per_row = lse, first, second if moments else first, at_target
+    softmax_gradient_kernel[(rows,)](logits, labels, *per_row, start, width, MOMENTS=moments, **_launch(width))
 
 
 def losses_triton(

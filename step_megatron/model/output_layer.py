@@ -62,17 +62,15 @@ class OutputLayer(ColumnParallelLinear):
         """
         weight = self.weight if weight is None else weight
         start = self.tp_group.rank() * weight.shape[0]
-        tokens = min(weight.shape[0], self.vocabulary - start)
         if labels is None:
             logits, bias = super().forward(input_, weight, runtime_gather_output)
-            end = tokens if logits.shape[-1] == weight.shape[0] else self.vocabulary
+            end = min(weight.shape[0], self.vocabulary - start) if logits.shape[-1] == weight.shape[0] else self.vocabulary
             padding = logits.shape[-1] - end
             return F.pad(logits[..., :end], (0, padding), value=-torch.inf) if padding else logits, bias
-        if tokens < weight.shape[0]:
-            weight = weight[:tokens]
-        place = {"vocabulary_start": start, "group": self.tp_group}
+        # The whole weight, padding included: ranks have to agree in its rows.
+        place = {"vocabulary_start": start, "group": self.tp_group, "vocabulary": self.vocabulary}
         hidden, labels = input_.squeeze(1), labels.squeeze(0)
         if token_weights is None:
-            return -linear_log_probs(hidden, weight, labels, **place)[0].unsqueeze(0)
+            return -linear_log_probs(hidden, weight, labels, **place, with_entropy=False)[0].unsqueeze(0)
         total, losses = linear_cross_entropy(hidden, weight, labels, token_weights.squeeze(0), **place)
         return total, losses.unsqueeze(0)

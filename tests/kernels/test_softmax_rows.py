@@ -6,7 +6,6 @@ Barriers are not among the faults: the interpreter runs a program's lanes in ste
 import pytest
 import torch
 from step_kernels import softmax_rows
-from step_kernels.linear_cross_entropy import _gradient_torch, _statistics_torch
 from support.kernel_checks import assert_as_good_as_plain
 from support.triton_faults import with_fault
 
@@ -41,7 +40,7 @@ def statistics() -> None:
     logits, everything = surrounded(0)
     found = torch.empty(4, ROWS)
     softmax_rows.statistics_triton(logits, LABELS, START, True, found)
-    exact, plain = (_statistics_torch(logits.to(dtype), LABELS - START) for dtype in (torch.float64, torch.float32))
+    exact, plain = (softmax_rows.statistics_torch(logits.to(dtype), LABELS - START) for dtype in (torch.float64, torch.float32))
     for each in zip(found, exact, plain, strict=True):
         assert_as_good_as_plain(*each)
     assert_alone(everything, 0)
@@ -53,7 +52,7 @@ def gradient() -> None:
     results = []
     for dtype in (torch.float64, torch.float32):
         results.append(logits.to(dtype).clone())
-        _gradient_torch(results[-1], LABELS - START, *(each.to(dtype) for each in (lse, *coefficients)))
+        softmax_rows.gradient_torch(results[-1], LABELS - START, *(each.to(dtype) for each in (lse, *coefficients)))
     softmax_rows.gradient_triton(logits, LABELS, START, lse, *coefficients)
     assert_as_good_as_plain(logits, *results)
     assert_alone(everything, 0)
@@ -65,8 +64,8 @@ def losses() -> None:
     results = []
     for dtype in (torch.float64, torch.float32):
         values, factor = logits.to(dtype).clone(), weights.to(dtype)
-        lse, target = values.logsumexp(1), _statistics_torch(values, LABELS - START)[2]
-        _gradient_torch(values, LABELS - START, lse, factor, torch.zeros_like(factor), -factor)
+        lse, target = values.logsumexp(1), softmax_rows.statistics_torch(values, LABELS - START)[2]
+        softmax_rows.gradient_torch(values, LABELS - START, lse, factor, torch.zeros_like(factor), -factor)
         results.append((lse - target, values))
     softmax_rows.losses_triton(logits, LABELS, weights, found, START, True)
     for each in zip((found, logits), *results, strict=True):

@@ -1,8 +1,11 @@
 """A vocabulary that tensor parallelism cannot cut evenly is padded, and that changes no loss, no gradient and no token."""
 
+from unittest import mock
+
 import pytest
 import torch
 from parallel.layouts import load_and_train, train, train_and_save
+from step_kernels.linear_cross_entropy import _BUFFER_BYTES, chunk_rows
 from support.decoder_twins import huggingface_twin, model_of_twin, random_tokens, small_config
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -44,6 +47,22 @@ def test_checkpoints_move_between_paddings(layouts, worker_pool, tmp_path):
     resumed = worker_pool(2 if after else 1).run(load_and_train, kwargs | {"transformer": after})[0]
     check(resumed["saved"] if after else written["saved"], unpadded(written["saved"] if after else resumed["saved"]), 0)
     check(resumed["after"] if after else written["after"], unpadded(written["after"] if after else resumed["after"]), 5e-5)
+
+
+def train_by_chunks(rank, world_size, **kwargs) -> dict:
+    """With a buffer for 32 tokens' logits where a rank has 66 rows, for 64 where it has 65: the last one's without padding."""
+    step = (((80, (23,), 45), (48, (), 40)),) * 4  # trained tokens of several chunks
+    with mock.patch.dict(_BUFFER_BYTES, cpu=64 * 4 * 65), mock.patch("parallel.synthetic.STEP", step):
+        assert [chunk_rows(85, rows, 4, "cpu") for rows in (66, 65)] == [32, 64]
+        return train(rank, world_size, **kwargs)
+
+
+def test_ranks_cut_the_tokens_into_the_same_chunks(worker_pool):
+    kwargs = {"optimizer": "sgd", "vocabulary": VOCABULARY}
+    expected = worker_pool(1).run(train_by_chunks, kwargs | {"transformer": {}})[0]
+    actual = worker_pool(2).run(train_by_chunks, kwargs | {"transformer": TP2})[0]
+    assert [line["loss"] for line in actual["lines"]] == pytest.approx([line["loss"] for line in expected["lines"]], rel=1e-6)
+    check(actual["gradients"], expected["gradients"], 1e-6)
 
 
 def greedy(rank: int, world_size: int, *, transformer: dict) -> tuple[list[int], torch.Tensor]:

@@ -1,7 +1,8 @@
 """Cases of the output layer with its loss: time and extra peak memory beside eager torch, forward and backward.
 
 A loss may be no slower than eager; log-probabilities with entropy, which compute the logits twice, at most 1.4 times as slow.
-Both may use 15% of eager's extra memory, which is what comes above inputs, weights and the gradients that come out.
+Both may use 15% of eager's extra memory, which is what comes above inputs, weights and the gradients that come out. A loss in
+float16, on a GPU only, computes the logits twice too: no limit of time is set for it, the same of memory.
 """
 
 from collections.abc import Callable
@@ -24,9 +25,8 @@ _COPIES = {"loss": 4, "log-probabilities": 6}
 
 
 class _Batch:
-    def __init__(self, tokens: int, width: int, device: torch.device):
+    def __init__(self, tokens: int, width: int, device: torch.device, dtype: torch.dtype):
         generator = torch.Generator().manual_seed(0)
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.hidden = torch.randn(tokens, width, generator=generator).to(device, dtype).requires_grad_()
         self.weight = (torch.randn(_VOCABULARY, width, generator=generator) * width**-0.5).to(device, dtype).requires_grad_()
         self.labels = torch.randint(_VOCABULARY, (tokens,), generator=generator).to(device)
@@ -75,7 +75,7 @@ def loss_cases(device: torch.device) -> list[Case]:
     """Both modes at 1,024 and 4,096 tokens, with the vocabulary of the 32B model."""
     cases = []
     for tokens, width in _SIZES:
-        batch = _Batch(tokens, width, device)
+        batch = _Batch(tokens, width, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
         for mode, wrap, op, plain, limit in (
             ("loss", batch.loss, linear_cross_entropy, linear_cross_entropy_reference, 1.0),
             ("log-probabilities", batch.log_probs, linear_log_probs, linear_log_probs_reference, 1 / 1.4),
@@ -90,7 +90,18 @@ def loss_cases(device: torch.device) -> list[Case]:
             shape = f"{tokens} x {width} x {_VOCABULARY}, {mode}, forward + backward"
             tolerance = 1e-3 if device.type == "cpu" else 3e-2
             cases.append(Case("linear-cross-entropy", shape, contestants, tolerance, memory=True, rounds=_ROUNDS))
+    if device.type == "cuda":
+        cases.append(_float16_case(device))
     return cases
+
+
+def _float16_case(device: torch.device) -> Case:
+    tokens, width = _SIZES[0]
+    batch = _Batch(tokens, width, device, torch.float16)
+    eager = Contestant("eager", lambda: batch.loss(linear_cross_entropy_reference), None, _MEMORY)
+    contestants = [*ours("linear_cross_entropy", batch.loss(linear_cross_entropy), device), eager]
+    shape = f"{tokens} x {width} x {_VOCABULARY} in float16, loss, forward + backward"
+    return Case("linear-cross-entropy", shape, contestants, 3e-2, memory=True, rounds=_ROUNDS)
 
 
 CASES = {"linear-cross-entropy": loss_cases}
