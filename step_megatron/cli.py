@@ -182,7 +182,8 @@ def _add_bench(commands) -> None:
     parser.add_argument("--repeats", type=int, help="rounds (default: 5, of an op 15)")
     parser.add_argument("--clips", type=int, help="clips in the sample")
     parser.add_argument("--preset", default="tiny", help="of shares: the model whose step is divided over its parts")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of an op's CSV and plot")
+    parser.add_argument("--out", type=Path, help="folder of an op's CSV and plot (default: runs/bench)")
+    parser.add_argument("--device", help="of an op (default: cuda where there is one, else cpu)")
     parser.add_argument("--choose", action="store_true", help="of attention: use the fastest backend on this device from now on")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
 
@@ -298,14 +299,19 @@ def _bench(options) -> int | None:
         return run(options.arch or ARCHITECTURES[:1], options.json)
     if options.name is None:
         raise UserError("bench: say what to time (see --help), or --inspect")
+    of_ops = [name for name in ("choose", "device", "out") if getattr(options, name)]
+    if of_ops and options.name in BENCHED_PARTS:
+        raise UserError(f"bench {options.name}: a part has no --{of_ops[0]}; that is of ops: {', '.join(BENCHED_OPS)}")
     if options.choose:
         from step_kernels.bench import choose
 
-        result = choose(options.name, options.repeats or 15)
+        if options.out is not None:
+            raise UserError("bench --choose writes the file of choices, no folder; STEP_KERNELS_CHOICES names another, not --out")
+        result = choose(options.name, options.repeats or 15, options.device)
     elif options.name in BENCHED_OPS:
         from step_kernels.bench import run
 
-        result = run(options.name, options.repeats or 15, options.out)
+        result = run(options.name, options.repeats or 15, options.out or Path("runs/bench"), options.device)
     elif options.name != "shares" and importlib.util.find_spec("transformers") is None:
         raise ImportError(
             f"bench {options.name} compares with transformers, which is not installed; run: pip install 'step-megatron[dev]' "

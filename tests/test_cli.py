@@ -113,6 +113,30 @@ def test_bench_without_its_peer_says_what_to_install(capsys, monkeypatch):
     assert status == 2 and err.startswith("error: ") and "pip install" in err and "[dev]" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("encoder", "--choose"), "bench encoder: a part has no --choose; that is of ops: pool-norm-downsample"),
+        (("encoder", "--device", "cpu"), "bench encoder: a part has no --device"),
+        (("shares", "--out", "x"), "bench shares: a part has no --out"),
+        (("audio-attention", "--choose", "--out", "x"), "STEP_KERNELS_CHOICES names another, not --out"),
+    ],
+)
+def test_bench_refuses_options_that_it_would_not_follow(capsys, arguments, message):
+    status, _, err = run(capsys, "bench", *arguments)
+    assert status == 2 and message in err
+
+
+@pytest.mark.parametrize(("flags", "function"), [((), "run"), (("--choose",), "choose")])
+def test_bench_passes_the_device_of_an_op_on(monkeypatch, capsys, flags, function):
+    import step_kernels.bench
+
+    asked = []
+    monkeypatch.setattr(step_kernels.bench, function, lambda *given: asked.append(given))
+    assert run(capsys, "bench", "gae", "--device", "meta", *flags)[0] == 0
+    assert asked[0][-1] == "meta"
+
+
 def test_bench_offers_every_op_that_has_cases():
     from step_kernels.bench import OPS
 
