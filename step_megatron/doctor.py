@@ -214,7 +214,7 @@ def _compiler() -> Answer:
 
 def _kernels() -> Answer:
     import torch
-    from step_kernels import native, registry
+    from step_kernels import choices, native, registry
 
     library = native.describe()
     if not library["loaded"]:
@@ -223,7 +223,7 @@ def _kernels() -> Answer:
     try:
         told = registry.decisions(device)
     except ValueError as error:
-        return "missing", str(error), "delete that file, or measure again"
+        return "missing", str(error), f"repair that file, measure again, or set {choices.VARIABLE} empty"
     if broken := [each for each in told if not each["backend"]]:
         return "missing", broken[0]["why"], f"install what it names, or change {registry.VARIABLE}"
     used: dict[str, list[str]] = {}
@@ -241,7 +241,7 @@ def _backends_of_ops() -> list[dict]:
         from step_kernels import registry
 
         return registry.decisions("cuda" if torch.cuda.is_available() else "cpu")
-    except (ImportError, ValueError):
+    except Exception:
         return []
 
 

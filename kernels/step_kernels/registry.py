@@ -11,6 +11,7 @@ covers (float64 on a CPU) goes to torch, and so does an op on a device for which
 library is an error all the same, for it is a broken installation. The libraries are passed over where they are not installed.
 """
 
+import importlib.metadata
 import os
 import warnings
 from collections import Counter
@@ -56,7 +57,7 @@ def backend(op: str, tensor: torch.Tensor, unfit: Mapping[str, str] | None = Non
 
     Raises:
         RuntimeError: if `STEP_KERNELS_BACKEND` asks for what the op lacks or what cannot run here, or the installation is broken.
-        ValueError: if the file of measured choices is damaged.
+        ValueError: if the file of measured choices is damaged, or cannot be read where it was named.
     """
     width = fixed(tensor.shape[-1]) if tensor.dim() else 0
     return _counted(op, tensor.device, tensor.dtype, width, unfit or {})
@@ -115,8 +116,43 @@ def decisions(device: torch.device | str) -> list[dict]:
             name, why = decide(op, device, dtype, width or 0)
         except RuntimeError as error:
             name, why = "", str(error)
-        told.append({"op": op, "dtype": str(dtype).removeprefix("torch."), "width": width, "backend": name, "why": why})
+        told.append({"op": op, "dtype": _short(dtype), "width": width, "backend": name, "why": why})
     return told
+
+
+def computed_by(device: torch.device | str) -> dict[str, str]:
+    """What computes every op on `device`, to be compared by processes whose results have to have the same bits.
+
+    Returns:
+        Of every `OP DTYPE` the backend and its version, and of an `OP DTYPE WIDTH` where a measured choice makes another one run.
+        Other devices, dates and ratios of the file of choices do not show; what forces a backend does. Where nothing can run an
+        op, it is left out: that is loud by itself.
+
+    Raises:
+        ValueError: if the file of measured choices is damaged, or cannot be read where it was named.
+    """
+    device = torch.device(device)
+    cases = [(op, _short(dtype), 0) for op in _ops for dtype in (torch.float32, *HALF)]
+    cases += [(op, dtype, width) for name, op, dtype, width in choices.load() if name == choices.device_name(device)]
+    found: dict[str, str] = {}
+    for op, dtype, width in cases:
+        try:
+            name, _ = decide(op, device, getattr(torch, dtype), width)
+        except RuntimeError:
+            continue
+        by = f"{name} {version(name)}"
+        if not width or found.get(f"{op} {dtype}") != by:
+            found[f"{op} {dtype} {width}" if width else f"{op} {dtype}"] = by
+    return found
+
+
+def version(name: str) -> str:
+    """Release of what is behind a backend that runs here."""
+    if name in LIBRARIES:
+        return attention_libraries.version(name)
+    if name == "triton":
+        return importlib.metadata.version("triton")
+    return str(native.describe()["cpu"]) if name == "cpp" else torch.__version__
 
 
 def available_backends(device: torch.device | str) -> dict[str, str]:
@@ -132,6 +168,10 @@ def backends_of(op: str, device: torch.device | str) -> dict[str, str]:
 def takes(op: str, name: str, dtype: torch.dtype) -> bool:
     """Whether an op has a backend for a dtype."""
     return name == "torch" or dtype in _ops[op].get(name, ())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _can_follow(measured: choices.Choice, device: torch.device, dtype: torch.dtype, unfit: Mapping[str, str]) -> bool:
@@ -171,13 +211,12 @@ def _forced(op: str, device: torch.device, dtype: torch.dtype, forced: str, unfi
     mine = [name for name in wanted if name == "torch" or name in _ops[op]]
     if not mine:
         raise RuntimeError(f"{VARIABLE}={forced}: {op} has {', '.join(registered()[op])}; add one of them to the list")
-    fit = [name for name in mine if name not in unfit]
+    fit = [name for name in mine if name not in unfit and takes(op, name, dtype)]
     if not fit:
-        raise RuntimeError(f"{VARIABLE}={forced}: {op} by {mine[0]} does not take {unfit[mine[0]]}; add torch to the list")
+        refused = unfit.get(mine[0], dtype)
+        raise RuntimeError(f"{VARIABLE}={forced}: {op} by {mine[0]} does not take {refused}; add torch to the list")
     if reason := _unavailable(fit[0], device.type):
         raise RuntimeError(f"{VARIABLE}={forced}: {op} cannot use {fit[0]}: {reason}")
-    if not takes(op, fit[0], dtype):
-        raise RuntimeError(f"{VARIABLE}={forced}: {op} by {fit[0]} does not take {dtype}; add torch to the list")
     return fit[0]
 
 

@@ -5,6 +5,7 @@ initialised in the same process (the test pools do).
 """
 
 import datetime
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -70,8 +71,8 @@ def initialize(config: Config) -> Runtime:
         config: `run` chooses device, backend, threads and seed; the parallel sizes are those of `megatron.transformer`.
 
     Raises:
-        ValueError: no such device, a world size that the layout does not divide, a backend that the device cannot use, or other
-            measured choices of kernels than the first rank's.
+        ValueError: no such device, a world size that the layout does not divide, a backend that the device cannot use, or ops
+            that other kernels compute than on the first rank.
         ImportError: Megatron-Core is missing or another release than the tested one.
         RuntimeError: the runtime is already initialised.
     """
@@ -93,7 +94,7 @@ def initialize(config: Config) -> Runtime:
         timeout = datetime.timedelta(minutes=config.run.timeout_minutes)
         _join(backend, rank, world_size, timeout)
         control_group = _build_groups(layout, world_size, timeout)
-        _agree_on_kernels(rank)
+        _agree_on_kernels(rank, device)
         place = (rank, world_size, local_rank, local_world_size)
         _runtime = _describe(device, backend, place, threads, control_group, timeout)
         seeds.seed_everything(config.run.seed, _runtime.pp_rank)
@@ -206,24 +207,29 @@ def _join(backend: str, rank: int, world_size: int, timeout: datetime.timedelta)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def _agree_on_kernels(rank: int) -> None:
-    """Refuse ranks whose machines chose other backends of the ops: what all of them compute has to have the same bits.
+def _agree_on_kernels(rank: int, device: torch.device) -> None:
+    """Refuse ranks whose ops are computed by other kernels: what all of them compute has to have the same bits.
 
     The first rank's answer lies in the store, so this needs no device and no collective.
 
     Raises:
-        ValueError: on every rank that differs from the first.
+        ValueError: on every rank that differs from the first; names the first difference.
     """
-    from step_kernels import choices
+    from step_kernels import choices, registry
 
-    mine, store = choices.digest(), dist.PrefixStore(f"step-megatron/{_generation}/kernels", _store)
+    mine, store = registry.computed_by(device), dist.PrefixStore(f"step-megatron/{_generation}/kernels", _store)
     if rank == 0:
-        store.set("choices", mine)
-    elif (first := store.get("choices").decode()) != mine:
-        raise ValueError(
-            f"rank {rank} has other measured choices of kernels than rank 0 ({mine[:8]} and {first[:8]}): give every node the "
-            f"same file {choices.path()}, or set {choices.VARIABLE} empty on all"
-        )
+        store.set("computed_by", json.dumps(mine))
+        return
+    first = json.loads(store.get("computed_by"))
+    for op in sorted(mine | first):
+        # A width without an entry of its own is computed as any other; an op without one cannot run, and says so when it has to.
+        here, there = (told.get(op, told.get(op.rsplit(" ", 1)[0])) for told in (mine, first))
+        if here and there and here != there:
+            raise ValueError(
+                f"rank {rank} computes {op} by {here}, rank 0 by {there}: give every node the same installation, the same "
+                f"{registry.VARIABLE} and the same file of choices ({choices.path()}; {choices.VARIABLE} empty: none)"
+            )
 
 
 def _build_groups(layout: _Layout, world_size: int, timeout: datetime.timedelta) -> dist.ProcessGroup:

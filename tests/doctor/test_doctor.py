@@ -183,3 +183,15 @@ def test_json_says_for_every_op_who_runs_it_and_why(capsys):
     told = json.loads(capsys.readouterr().out)["kernels"]
     assert {each["op"] for each in told} == set(registered())
     assert all(each["backend"] in ("cpp", "torch") and each["why"] for each in told)
+
+
+def test_json_survives_a_file_of_choices_that_cannot_be_read(monkeypatch, tmp_path, capsys):
+    from step_kernels import choices
+
+    monkeypatch.setenv(choices.VARIABLE, str(tmp_path))
+    choices.load.cache_clear()
+    assert doctor.main(as_json=True) == 1
+    told = json.loads(capsys.readouterr().out)
+    check = next(check for check in told["checks"] if check["name"] == "step_kernels")
+    assert check["status"] == "missing" and str(tmp_path) in check["detail"] and choices.VARIABLE in check["remedy"]
+    assert told["kernels"] == []

@@ -30,6 +30,8 @@ def file(tmp_path, monkeypatch):
     monkeypatch.delenv(registry.VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(registry, "_said", set())
+    # The tests say what a CPU does, wherever they run.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     choices.load.cache_clear()
     yield path
     choices.load.cache_clear()
@@ -76,7 +78,8 @@ def test_the_bench_chooses_the_registry_follows_and_the_doctor_says_so(file, mon
         assert ran(each["width"]) == each["backend"]
         detail = next(check.detail for check in doctor.report() if check.name == "step_kernels")
         assert f"{AUDIO} (float32, {each['width']})" in detail and f"{each['backend']}, measured on {each['date']}" in detail
-    assert cli.main(["doctor", "--json"]) == 0
+    assert all(each["threads"] == torch.get_num_threads() for each in said["choices"])
+    cli.main(["doctor", "--json"])  # whatever else this machine lacks
     told = {(each["op"], each["width"]): each for each in json.loads(capsys.readouterr().out)["kernels"]}
     assert told[AUDIO, 64]["why"].startswith("measured on") and told[AUDIO, None]["why"] == "first of its order"
 
@@ -86,6 +89,10 @@ def test_a_measured_choice_goes_before_the_order_for_its_own_kind_only(monkeypat
     assert ran() == "torch" and ran(128) == "cpp" and ran(op=causal_attention_varlen) == "cpp"
     assert registry.decide(AUDIO, CPU, torch.float32, 64) == ("torch", "measured on 2026-02-03: 1.2x of cpp")
     assert ", with torch 2.1.0: 1.2x" in choice(torch="2.1.0").why()
+    assert [choice(threads=count).why().split(": ")[0] for count in (1, 4)] == [
+        "measured on 2026-02-03 with 1 thread",
+        "measured on 2026-02-03 with 4 threads",
+    ]
     monkeypatch.setenv(registry.VARIABLE, "cpp")
     assert ran() == "cpp"
     assert registry.decide(AUDIO, CPU, torch.float32, 64)[1] == "forced by STEP_KERNELS_BACKEND=cpp"
@@ -129,6 +136,10 @@ def test_a_measured_library_is_followed_except_where_a_call_does_not_fit_it():
         ('{"format": 1, "choices": [{"op": "x"}]}', "missing"),
         (json.dumps({"format": 1, "choices": [asdict(choice(width="64"))]}), "width is '64'"),
         (json.dumps({"format": 1, "choices": [asdict(choice(dtype="float23"))]}), "dtype is 'float23'"),
+        (json.dumps({"format": 1, "choices": [asdict(choice(op="nonsense"))]}), "op is 'nonsense'; there are .*gae_varlen"),
+        (json.dumps({"format": 1, "choices": [asdict(choice(backend="fast"))]}), "backend is 'fast'; there are cuda"),
+        (json.dumps({"format": 1, "choices": [asdict(choice(versions=None))]}), "versions is None"),
+        (json.dumps({"format": 1, "choices": [asdict(choice(cases="a"))]}), "cases is 'a'"),
     ],
 )
 def test_a_damaged_file_is_an_error_that_names_it_and_the_remedy(file, content, why, capsys):
@@ -152,13 +163,56 @@ def test_writing_keeps_the_others_and_is_all_or_nothing(file, monkeypatch):
     assert file.read_bytes() == before and [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_the_digest_is_of_what_is_chosen_not_of_when():
-    choices.write([choice()])
-    first = choices.digest()
+def test_others_may_read_the_file(file):
+    before = os.umask(0o027)
+    try:
+        choices.write([choice()])
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+def denied(*_):
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_default_file_that_cannot_be_read_is_no_file(monkeypatch, tmp_path):
+    monkeypatch.delenv(choices.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", denied)
+        assert ran() == "cpp" and choices.load() == {}
+        with pytest.raises(PermissionError):  # what cannot be read is not written over
+            choices.write([choice()])
+    choices.load.cache_clear()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    assert choices.path() is None and ran() == "cpp"
+    with pytest.raises(ValueError, match="no home directory.*by STEP_KERNELS_CHOICES"):
+        choosing.choose("audio-attention", 1, CPU)
+
+
+def test_a_named_file_that_cannot_be_read_is_an_error_with_its_remedy(file, monkeypatch):
+    file.mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match=f"{file}: the file that STEP_KERNELS_CHOICES names .*Is a directory.*set the variable empty"
+    ):
+        ran()
+    file.rmdir()
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(ValueError, match="Permission denied.*name another"):
+        ran()
+
+
+def test_what_computes_an_op_shows_where_it_differs_from_the_order(monkeypatch):
+    before = registry.computed_by("cpu")
+    assert before[f"{AUDIO} float32"].startswith("cpp ") and before[f"{AUDIO} bfloat16"] == f"torch {torch.__version__}"
+    choices.write([choice(backend="cpp"), choice(width=128, device="another")])
+    assert registry.computed_by("cpu") == before
     choices.write([choice(date="2026-03-04", ratio=2.0)])
-    assert choices.digest() == first
-    choices.write([choice(backend="cpp")])
-    assert choices.digest() != first
+    assert registry.computed_by("cpu") == before | {f"{AUDIO} float32 64": f"torch {torch.__version__}"}
+    monkeypatch.setenv(registry.VARIABLE, "torch")
+    assert set(registry.computed_by("cpu").values()) == {f"torch {torch.__version__}"}
 
 
 def test_where_the_file_is(monkeypatch):

@@ -50,6 +50,7 @@ def test_a_forced_backend_that_cannot_run_is_an_error(forced, tensor, message, m
 def test_a_list_is_taken_in_order_and_must_hold_a_backend_of_the_op(monkeypatch):
     monkeypatch.setenv(registry.VARIABLE, "cpp,torch")
     assert registry.backend("op", FLOAT) == "cpp" and registry.backend("plain", FLOAT) == "torch"
+    assert registry.backend("op", FLOAT.double()) == "torch" and registry.backend("op", FLOAT, {"cpp": "a zero"}) == "torch"
     monkeypatch.setenv(registry.VARIABLE, "triton,cpp")
     with pytest.raises(RuntimeError, match="plain has torch; add one of them"):
         registry.backend("plain", FLOAT)

@@ -1,6 +1,7 @@
 """Starting and ending the runtime: layouts, re-initialisation, backends, threads, seeds, and errors that say what to do."""
 
 import io
+import json
 import os
 import random
 import subprocess
@@ -112,15 +113,18 @@ def test_shutdown_during_an_exception_does_not_wait_for_the_others(worker_pool):
         worker_pool(2).run(fail_while_the_other_rank_never_ends, timeout=5.0)
 
 
-def start_with_choices(rank, world_size, *, others):
-    """The error of starting where the ranks after the first have measured something else."""
+def start_with_kernels(rank, world_size, *, others):
+    """The error of starting where the ranks after the first have these settings of kernels."""
     from step_kernels import choices
 
-    with mock.patch.object(choices, "digest", lambda: others if rank else "here"):
+    choices.load.cache_clear()
+    with mock.patch.dict(os.environ, others if rank else {}):
         try:
             initialize(configured())
         except ValueError as error:
             return str(error)
+        finally:
+            choices.load.cache_clear()
     try:
         raise KeyError("so that nobody waits for a rank that has not started")
     except KeyError:
@@ -128,10 +132,30 @@ def start_with_choices(rank, world_size, *, others):
     return ""
 
 
-def test_a_rank_whose_machine_has_other_measured_choices_is_named(worker_pool):
-    assert worker_pool(2).run(start_with_choices, {"others": "here"}) == ["", ""]
-    first, second = worker_pool(2).run(start_with_choices, {"others": "there"})
-    assert first == "" and second.startswith("rank 1 has other measured choices of kernels than rank 0 (there and here)")
+def measured(path, **changes) -> dict[str, str]:
+    """The setting that names a file with one choice."""
+    from step_kernels import choices
+
+    told = {"device": choices.device_name(torch.device("cpu")), "op": "audio_attention_varlen", "dtype": "float32", "width": 64}
+    told |= {"over": "", "ratio": 0.0, "date": "", "torch": "", "versions": {}, "cases": [], "milliseconds": {}, "excluded": {}}
+    path.write_text(json.dumps({"format": 1, "choices": [told | changes]}))
+    return {"STEP_KERNELS_CHOICES": str(path)}
+
+
+def test_a_rank_whose_ops_run_by_other_kernels_is_named(worker_pool, tmp_path):
+    def start(others):
+        return worker_pool(2).run(start_with_kernels, {"others": others})
+
+    path = tmp_path / "choices.json"
+    # What does not change which kernel runs here is no difference: of another device, or what runs anyway.
+    assert start(measured(path, device="NVIDIA H100 80GB HBM3", backend="flash", dtype="bfloat16")) == ["", ""]
+    assert start(measured(path, backend="cpp") | {"STEP_KERNELS_BACKEND": "cpp,torch"}) == ["", ""]
+    first, second = start(measured(path, backend="torch"))
+    assert first == "" and second.startswith(
+        f"rank 1 computes audio_attention_varlen float32 64 by torch {torch.__version__}, rank"
+    )
+    first, second = start({"STEP_KERNELS_BACKEND": "torch"})
+    assert first == "" and "float32 by torch" in second and "rank 0 by cpp avx" in second
 
 
 def test_single_process_without_torchrun(monkeypatch):

@@ -7,13 +7,12 @@ segment's companions is shown but never chosen: encoded clips are cached by thei
 """
 
 import datetime
-import importlib.metadata
 import statistics
 from dataclasses import asdict, replace
 
 import torch
 
-from step_kernels import attention_libraries, choices, native, registry
+from step_kernels import choices, registry
 from step_kernels.bench import attention, report
 from step_kernels.bench.contestants import by
 from step_kernels.bench.harness import Absent, Contestant, Measured, measure
@@ -26,12 +25,11 @@ def choose(op: str, repeats: int, device: torch.device) -> dict:
 
     Raises:
         ValueError: an op that has one backend on a device, a damaged file of choices, or none named.
+        OSError: the file cannot be read or written.
     """
     if op not in attention.OPS:
         raise ValueError(f"bench {op} --choose: there is one backend a device; to choose between are {', '.join(attention.OPS)}")
-    if choices.path() is None:
-        raise ValueError(f"{choices.VARIABLE} is empty: name the file that is to be written, or unset it")
-    choices.load()  # a damaged file is known before the measurement, not after
+    choices.to_write()  # a damaged file is known before the measurement, not after
     dtypes = (torch.float32,) if device.type == "cpu" else registry.HALF
     made = [choice for dtype in dtypes for dim in attention.DIMS if (choice := _choose(op, dtype, dim, repeats, device))]
     file = choices.write(made)
@@ -73,10 +71,11 @@ def _choose(op: str, dtype: torch.dtype, dim: int, repeats: int, device: torch.d
         ratio=round(_mean(results, others[0]) / _mean(results, first), 3) if others else 0.0,
         date=datetime.date.today().isoformat(),
         torch=torch.__version__,
-        versions={name: _version(name) for name in names},
+        versions={name: registry.version(name) for name in names},
         cases=[measured.case.shape for measured in results],
         milliseconds={name: [round(1e3 * statistics.median(measured.seconds[name]), 4) for measured in results] for name in able},
         excluded=excluded,
+        threads=torch.get_num_threads() if device.type == "cpu" else 0,
     )
 
 
@@ -90,11 +89,3 @@ def _fails(contestant: Contestant) -> str:
 
 def _mean(results: list[Measured], name: str) -> float:
     return statistics.geometric_mean(statistics.median(measured.seconds[name]) for measured in results)
-
-
-def _version(name: str) -> str:
-    if name in registry.LIBRARIES:
-        return attention_libraries.version(name)
-    if name == "triton":
-        return importlib.metadata.version("triton")
-    return str(native.describe()["cpu"]) if name == "cpp" else torch.__version__
