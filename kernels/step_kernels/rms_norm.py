@@ -28,8 +28,8 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise the last dimension; arguments as in `rms_norm_reference`.
 
-    Half precision and GPUs take torch's own norm, which computes in float32. Differentiable in `x` and `weight`; by C++ once only:
-    a double backward is torch's RuntimeError there.
+    Half precision and GPUs take torch's own norm, which computes in float32. Differentiable in `x` and `weight`, by C++ once: a
+    double backward is torch's RuntimeError there.
 
     Raises:
         ValueError: the weight is not as wide as x, or x has no column.
