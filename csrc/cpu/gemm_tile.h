@@ -118,8 +118,8 @@ static inline void exchange(vec* rows) {
   for (int r = 0; r < kLanes; r++)
     if (!(r & Half)) {
       const vec first = rows[r], second = rows[r + Half];
-      rows[r] = __builtin_shuffle(first, second, first_lanes);
-      rows[r + Half] = __builtin_shuffle(first, second, second_lanes);
+      rows[r] = shuffled(first, second, first_lanes);
+      rows[r + Half] = shuffled(first, second, second_lanes);
     }
 }
 

@@ -67,7 +67,7 @@ inline vec lane_sums(vec (&parts)[kLanes]) {
     const ivec high = *reinterpret_cast<const ivec*>(pairs->high[round]);
 #pragma GCC unroll 8
     for (int i = 0; i < count; i++)
-      parts[i] = __builtin_shuffle(parts[2 * i], parts[2 * i + 1], low) + __builtin_shuffle(parts[2 * i], parts[2 * i + 1], high);
+      parts[i] = shuffled(parts[2 * i], parts[2 * i + 1], low) + shuffled(parts[2 * i], parts[2 * i + 1], high);
   }
   return parts[0];
 }
