@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from step_megatron.checkpoint.safetensors_files import SafetensorsFiles
 from step_megatron.config.schema import AdaptorConfig, EncoderConfig
-from step_megatron.conversion.sources import ConversionError, CTranslate2Encoder, GgufFile, Source
+from step_megatron.conversion.gguf_file import GgufFile
+from step_megatron.conversion.sources import ConversionError, CTranslate2Encoder, Source
 from step_megatron.model.whisper import encoder_prefix, huggingface_name
 
 Layout = Literal["step-audio", "qwen2-audio", "qwen2", "llama", "whisper"]

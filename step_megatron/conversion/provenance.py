@@ -9,8 +9,8 @@ from typing import Any
 
 from step_megatron.config.load import RUN_CONFIG, load_config
 from step_megatron.config.schema import Config
+from step_megatron.conversion.gguf_file import GgufFile
 from step_megatron.conversion.layouts import Foreign
-from step_megatron.conversion.sources import GgufFile
 from step_megatron.data.fetch.download import sha256_of
 
 FILE = "import.json"

@@ -9,8 +9,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from step_megatron.conversion.gguf_file import GgufFile
 from step_megatron.conversion.layouts import Foreign
-from step_megatron.conversion.sources import ConversionError, GgufFile
+from step_megatron.conversion.sources import ConversionError
 from step_megatron.data.template import TEMPLATES
 from step_megatron.data.tokenizer import Tokenizer, TokenizerError
 from step_megatron.data.tokenizer_json import FILE, add_specials
