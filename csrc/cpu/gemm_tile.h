@@ -101,10 +101,25 @@ static inline int64_t tile_rows(int64_t rest) {
   return (static_cast<int32_t>(rest) + tiles - 1) / tiles;
 }
 
-// `rows` rows of `width` values (a multiple of 16) times `factor`, contiguous.
-static inline void pack_rows(const float* from, int64_t row, int64_t rows, int64_t width, float factor, float* to) {
-  for (int64_t r = 0; r < rows; r++)
+// Rows of one head lie far apart, where the processor's own prefetching sees no pattern: what is read or written soon is asked
+// for.
+template <bool Write = false>
+static inline void fetch_row(const float* row, int64_t width) {
+  for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(row + i, Write);
+}
+template <bool Write = false>
+static inline void fetch_rows(const float* from, int64_t row, int64_t rows, int64_t width) {
+  for (int64_t r = 0; r < rows; r++) fetch_row<Write>(from + r * row, width);
+}
+constexpr int64_t kAhead = 16;  // rows
+
+// `rows` rows of `width` values (a multiple of 16) times `factor`, contiguous; fetches what stands `ahead` rows further.
+static inline void pack_rows(const float* from, int64_t row, int64_t rows, int64_t width, float factor, float* to,
+                             int64_t ahead = kAhead) {
+  for (int64_t r = 0; r < rows; r++) {
+    fetch_row(from + (r + ahead) * row, width);
     for (int64_t i = 0; i < width; i += kLanes) store(to + r * width + i, load(from + r * row + i) * splat(factor));
+  }
 }
 
 // Of rows r and r + Half: lanes whose bit `Half` is clear stay in the first and move up from the second, and the reverse.
@@ -131,14 +146,19 @@ static inline void transpose(vec* rows) {
   if constexpr (kLanes > 8) exchange<8>(rows);
 }
 
-// Rows become columns, in panels: to[panel][width][kPanel]. Columns beyond `rows` are zero up to a whole vector.
-static void pack_transposed(const float* from, int64_t row, int64_t rows, int64_t width, float* to) {
-  for (int64_t first = 0; first < rows; first += kLanes) {
+// Rows become columns, in panels: to[panel][width][kPanel]. `row_at(i)` is where row i lies, for rows `first` (a multiple of
+// kLanes) to `last`. Columns beyond are zero up to a whole vector.
+template <class RowAt>
+static inline void pack_transposed(RowAt&& row_at, int64_t first, int64_t last, int64_t width, float* to) {
+  for (; first < last; first += kLanes) {
     float* target = to + first / kPanel * kPanel * width + first % kPanel;
-    const int64_t count = smaller(kLanes, rows - first);
+    const float* rows[kLanes];
+    const int64_t count = smaller(kLanes, last - first);
+    for (int r = 0; r < count; r++) rows[r] = row_at(first + r);
+    for (int64_t r = first + kAhead; r < smaller(last, first + kAhead + kLanes); r++) fetch_row(row_at(r), width);
     for (int64_t column = 0; column < width; column += kLanes) {
       vec block[kLanes];
-      for (int r = 0; r < kLanes; r++) block[r] = r < count ? load(from + (first + r) * row + column) : vec{};
+      for (int r = 0; r < kLanes; r++) block[r] = r < count ? load(rows[r] + column) : vec{};
       transpose(block);
       for (int i = 0; i < kLanes; i++) store(target + (column + i) * kPanel, block[i]);
     }

@@ -1,11 +1,12 @@
 // Attention of a few new tokens over a paged key-value cache, flash-style: keys come in blocks of 32, scores and weights of a
 // block stay in cache. A task is (sequence, some key-value heads, tile of rows, split of the keys), where a row is a (new token,
 // query head) pair: all query heads of a key-value head share what is read, and neighbouring heads are read together, for they
-// lie together (one head alone means a new memory page for every key). How a sequence is cut depends on its own lengths alone, so
-// its bits do not depend on its companions or on the number of threads.
+// lie together (one head alone means a new memory page for every key). Where a sequence has many new tokens, keys and values are
+// packed first, as in packed attention, and a task is (sequence, key-value head or query head). How a sequence is cut depends on
+// its own lengths alone, so its bits do not depend on its companions or on the number of threads.
 #include <cstdlib>
 
-#include "isa.h"
+#include "attention_block.h"
 #include "ops.h"
 #include "parallel.h"
 
@@ -19,13 +20,16 @@ constexpr int64_t kWidest = 256;  // largest head dimension
 constexpr int64_t kMostHeads = 8;  // key-value heads of a task
 constexpr int64_t kSplitKeys = 512;  // keys of a split: 32 us at 8 GB/s and dimension 64, worth waking a thread
 constexpr int64_t kSplitQueries = 4;  // sequences with more new tokens have tiles enough
+constexpr int64_t kPromptQueries = 16;  // so many new tokens pay for packing the keys
 constexpr float kNothing = -3.0e38f;
 
 struct Shape {
   int64_t sequences, max_pages, page_size, heads, kv_heads, dim;
   int64_t together = 1;  // key-value heads of a task
+  bool alone = false;  // a task of a prompt is one query head, not all that share a key-value head
   int64_t group() const { return heads / kv_heads; }
   int64_t head_blocks() const { return (kv_heads + together - 1) / together; }
+  int64_t prompt_tasks() const { return alone ? heads : kv_heads; }
 };
 
 struct Sequence {
@@ -39,51 +43,39 @@ struct Sequence {
     splits = queries <= kSplitQueries && length > kSplitKeys ? (length + kSplitKeys - 1) / kSplitKeys : 1;
   }
   int64_t units() const { return tiles * splits; }
+  bool prompt() const { return queries >= kPromptQueries; }
 };
 
-// Which lanes of a pair of vectors meet in round r of `lane_sums`.
-struct Pairs {
-  int32_t low[4][kLanes], high[4][kLanes];
-  constexpr Pairs() : low(), high() {
-    for (int round = 0; 1 << round < kLanes; round++)
-      for (int lane = 0; lane < kLanes; lane++) {
-        const int step = 1 << round;
-        low[round][lane] = lane & step ? kLanes + lane - step : lane;
-        high[round][lane] = lane & step ? kLanes + lane : lane + step;
-      }
+// Of two vectors, each lane added to that `Step` away: lanes whose bit `Step` is clear are the first one's, the others the
+// second's.
+template <int Step>
+inline vec folded(vec a, vec b) {
+  ivec own, other;
+  for (int i = 0; i < kLanes; i++) {
+    own[i] = i & Step ? kLanes + i : i;
+    other[i] = own[i] ^ Step;
   }
-};
-alignas(64) constexpr Pairs kPairs;
+  return shuffled(a, b, own) + shuffled(a, b, other);
+}
 
-// Lane i of the result is the sum of the lanes of parts[i]: each round pairs vectors and adds half of their lanes.
+// Lane i of the result is the sum of the lanes of parts[i].
+template <int Step = 1>
 inline vec lane_sums(vec (&parts)[kLanes]) {
-  // A pointer that the compiler cannot see through: it would build the indices that it knows lane by lane, each time.
-  const Pairs* pairs = &kPairs;
-  asm("" : "+r"(pairs));
-  int round = 0;
-#pragma GCC unroll 4
-  for (int count = kLanes / 2; count; count /= 2, round++) {
-    const ivec low = *reinterpret_cast<const ivec*>(pairs->low[round]);
-    const ivec high = *reinterpret_cast<const ivec*>(pairs->high[round]);
 #pragma GCC unroll 8
-    for (int i = 0; i < count; i++)
-      parts[i] = shuffled(parts[2 * i], parts[2 * i + 1], low) + shuffled(parts[2 * i], parts[2 * i + 1], high);
-  }
+  for (int i = 0; i < kLanes / (2 * Step); i++) parts[i] = folded<Step>(parts[2 * i], parts[2 * i + 1]);
+  if constexpr (2 * Step < kLanes) return lane_sums<2 * Step>(parts);
   return parts[0];
 }
 
-// Ask for a row that is wanted soon: pages lie apart, and the processor's own prefetching sees no pattern in them.
-inline void prefetch(const float* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(row + d);
-}
-
-// scores[row * kKeys + key] = query[row] . key, for R rows and all keys of the block; the rows of `next` are fetched meanwhile.
+// scores[row * kKeys + key] = query[row] . key, for R rows and all keys of the block; the rows of `next`, where
+// there are any, are fetched meanwhile.
 template <int R>
 inline void score_rows(const float* query, const float* const* keys, const float* const* next, float* scores, int64_t count,
                        int64_t dim) {
   constexpr int C = kLanes / R;
   for (int64_t key = 0; key < count; key += C) {
-    for (int c = 0; c < C; c++) prefetch(next[key + c], dim);
+    if (next)
+      for (int c = 0; c < C; c++) fetch_row(next[key + c], dim);
     vec parts[kLanes];
     for (int i = 0; i < kLanes; i++) parts[i] = vec{};
     for (int64_t d = 0; d < dim; d += kLanes) {
@@ -110,7 +102,7 @@ inline void add_values(const float* weights, const float* const* values, const f
     for (int d = 0; d < D; d++) total[r][d] = load(out + r * dim + d0 + d * kLanes) * splat(decay[r]);
   for (int64_t key = 0; key < count; key++) {
     vec value[D];
-    if (next) prefetch(next[key] + d0, D * kLanes);
+    if (next) fetch_row(next[key] + d0, D * kLanes);
     for (int d = 0; d < D; d++) value[d] = load(values[key] + d0 + d * kLanes);
     for (int r = 0; r < R; r++) {
       vec weight = splat(weights[r * kKeys + key]);
@@ -134,34 +126,38 @@ struct Tile {
   alignas(64) float query[kRows * kWidest];
   alignas(64) float out[kRows * kWidest];
   alignas(64) float scores[kRows * kKeys];
-  float largest[kRows], total[kRows], decay[kRows];
+  alignas(64) float largest[kRows], total[kRows], decay[kRows];
   int64_t visible[kRows];  // keys that the row may see
   int64_t rows, held;  // `held` counts rows of zeros too, which fill the last three up to four
 
-  // Scores to weights, row by row; keeps the running maximum and total.
+  int64_t seen(int64_t row, int64_t first_key, int64_t count) const {
+    return larger(0, smaller(count, visible[row] - first_key));
+  }
+
+  // Scores to weights; keeps the running maximum and total.
   void weigh(int64_t first_key, int64_t count) {
+    alignas(64) float now[kRows];
+    for (int64_t row = 0; row < held; row++) {
+      vec top = splat(largest[row]);
+      const int64_t keys = seen(row, first_key, count);
+      for (int64_t key = 0; key < keys; key += kLanes)
+        top = maximum(first_lanes(load(scores + row * kKeys + key), keys - key, top), top);
+      now[row] = maximum(top);
+    }
+    for (int64_t row = 0; row < kRows; row += kLanes) {
+      store(decay + row, power_of_two(load(largest + row) - load(now + row)));
+      store(largest + row, load(now + row));
+    }
     for (int64_t row = 0; row < held; row++) {
       float* score = scores + row * kKeys;
-      int64_t seen = visible[row] - first_key;
-      seen = seen < 0 ? 0 : seen > count ? count : seen;
-      for (int64_t key = seen; key < kKeys; key++) score[key] = kNothing;
-      vec top = splat(largest[row]);
-      for (int64_t key = 0; key < kKeys; key += kLanes) top = maximum(top, load(score + key));
-      const float now = maximum(top);
+      const int64_t keys = seen(row, first_key, count);
       vec sums{};
-      if (seen)
-        for (int64_t key = 0; key < kKeys; key += kLanes) {
-          vec weight = exponential(load(score + key) - splat(now));
-          store(score + key, weight);
-          sums += weight;
-        }
-      else
-        std::memset(score, 0, sizeof(float) * kKeys);
-      float gone[kLanes];
-      store(gone, exponential(splat(largest[row] - now)));
-      decay[row] = gone[0];
+      for (int64_t key = 0; key < kKeys; key += kLanes) {
+        const vec weight = first_lanes(power_of_two(load(score + key) - splat(now[row])), keys - key, vec{});
+        store(score + key, weight);
+        sums += weight;
+      }
       total[row] = total[row] * decay[row] + sum(sums);
-      largest[row] = now;
     }
   }
 
@@ -169,9 +165,11 @@ struct Tile {
   void block(const float* const* keys, const float* const* values, const float* const* next, int64_t first_key, int64_t count,
              int64_t dim) {
     int64_t row = 0;
-    for (; row + 4 <= held; row += 4) score_rows<4>(query + row * dim, keys, values, scores + row * kKeys, count, dim);
-    if (held - row == 2) score_rows<2>(query + row * dim, keys, values, scores + row * kKeys, count, dim);
-    if (held - row == 1) score_rows<1>(query + row * dim, keys, values, scores + row * kKeys, count, dim);
+    // Values are fetched by the last rows, just before they are read: earlier, keys would evict them where heads lie 4 KB apart.
+    const auto wanted = [&] { return row + 4 < held ? nullptr : values; };
+    for (; row + 4 <= held; row += 4) score_rows<4>(query + row * dim, keys, wanted(), scores + row * kKeys, count, dim);
+    if (held - row == 2) score_rows<2>(query + row * dim, keys, wanted(), scores + row * kKeys, count, dim);
+    if (held - row == 1) score_rows<1>(query + row * dim, keys, wanted(), scores + row * kKeys, count, dim);
     weigh(first_key, count);
     row = 0;
     // As many sums as registers: 32 with AVX-512, else 16.
@@ -202,7 +200,8 @@ void find_slots(const Cache& cache, const Shape& shape, int64_t first, int64_t c
 }
 
 // All tiles of a task over one range of keys, block by block.
-void attend(Tile* tiles, int64_t heads, const Cache& cache, const Shape& shape, int64_t first_head, int64_t begin, int64_t end) {
+void attend_tiles(Tile* tiles, int64_t heads, const Cache& cache, const Shape& shape, int64_t first_head, int64_t begin,
+                  int64_t end) {
   int64_t slots[kKeys], later[kKeys];
   const float *keys[kKeys], *values[kKeys], *next[kKeys];
   const auto size = [&](int64_t first) { return end - first < kKeys ? end - first : kKeys; };
@@ -238,14 +237,14 @@ void begin_tile(Tile& tile, const Sequence& sequence, const Shape& shape, const 
   tile.held = tile.rows % 4 == 3 ? tile.rows + 1 : tile.rows;
   std::memset(tile.query, 0, sizeof(float) * tile.held * dim);
   std::memset(tile.out, 0, sizeof(float) * tile.held * dim);
-  for (int64_t row = 0; row < tile.held; row++) {
+  for (int64_t row = 0; row < kRows; row++) {
     tile.largest[row] = kNothing;
     tile.total[row] = tile.visible[row] = 0;
   }
   for (int64_t row = 0; row < tile.rows; row++) {
     const int64_t token = (first_row + row) / group, head = kv_head * group + (first_row + row) % group;
     const float* from = query + ((sequence.first + token) * shape.heads + head) * dim;
-    for (int64_t d = 0; d < dim; d += kLanes) store(tile.query + row * dim + d, load(from + d) * splat(scale));
+    for (int64_t d = 0; d < dim; d += kLanes) store(tile.query + row * dim + d, load(from + d) * splat(scale * kLog2E));
     tile.visible[row] = sequence.length - sequence.queries + token + 1;
   }
 }
@@ -281,11 +280,44 @@ void run_task(Tile* tiles, const Sequence& sequence, const Cache& cache, const S
     begin = split * kSplitKeys;
     end = begin + kSplitKeys < last ? begin + kSplitKeys : last;
   }
-  attend(tiles, heads, cache, shape, first_head, begin, end);
+  attend_tiles(tiles, heads, cache, shape, first_head, begin, end);
   for (int64_t i = 0; i < heads; i++) end_tile(tiles[i], sequence, shape, first_row, first_head + i, split, out, parts);
 }
 
-// Join the splits of one row: each is weighted by e^(its maximum - the row's).
+// A sequence with many new tokens: query heads from `first_head` to `last_head`, which share a key-value head.
+void run_prompt(const Sequence& sequence, const Cache& cache, const Shape& shape, const float* query, float scale,
+                int64_t first_head, int64_t last_head, float* out) {
+  const int64_t dim = shape.dim, room = packed_floats(sequence.length, dim), block = block_of(sequence.queries);
+  const int64_t offset = first_head / shape.group() * dim, token = shape.heads * dim;
+  float* packed_key = thread_scratch(2 * room + BlockMemory::floats(sequence.length, dim));
+  float* packed_value = packed_key + room;
+  BlockMemory memory(packed_value + room, sequence.length, dim);
+  int64_t slots[kKeys], later[kKeys];
+  find_slots(cache, shape, 0, smaller(kKeys, sequence.length), later);
+  for (int64_t first = 0; first < sequence.length; first += kKeys) {
+    const int64_t last = smaller(first + kKeys, sequence.length), rest = sequence.length - last;
+    std::memcpy(slots, later, sizeof(slots));
+    if (rest > 0) find_slots(cache, shape, last, smaller(kKeys, rest), later);
+    for (int64_t i = 0; rest > 0 && i < kKeys; i++) {
+      fetch_row(cache.key + offset + later[i], dim);
+      fetch_row(cache.value + offset + later[i], dim);
+    }
+    pack_transposed([&](int64_t i) { return cache.key + offset + slots[i - first]; }, first, last, dim, packed_key);
+    for (int64_t i = first; i < last; i++)
+      std::memcpy(packed_value + i * dim, cache.value + offset + slots[i - first], sizeof(float) * dim);
+  }
+  const Extent extent{dim, sequence.length, sequence.length - sequence.queries, true};
+  for (int64_t head = first_head; head < last_head; head++)
+    for (int64_t first = 0; first < sequence.queries; first += block) {
+      const int64_t rows = smaller(block, sequence.queries - first), place = (sequence.first + first) * token + head * dim;
+      pack_rows(query + place, token, rows, dim, scale * kLog2E, memory.queries, block);
+      attend(extent, first, rows, packed_key, packed_value, memory);
+      for (int64_t row = 0; row < rows; row++)
+        multiply_row(memory.sums + row * dim, dim, 1.0f / memory.total[row], out + place + row * token);
+    }
+}
+
+// Join the splits of one row: each is weighted by 2^(its maximum - the row's).
 void join(const float* parts, int64_t splits, int64_t dim, float* out) {
   float largest = kNothing, total = 0;
   for (int64_t split = 0; split < splits; split++) {
@@ -296,7 +328,7 @@ void join(const float* parts, int64_t splits, int64_t dim, float* out) {
   for (int64_t split = 0; split < splits; split++) {
     const float* from = parts + split * (dim + 2);
     float weight[kLanes];
-    store(weight, exponential(splat(from[dim + 1] - largest)));
+    store(weight, power_of_two(splat(from[dim + 1] - largest)));
     total += from[dim] * weight[0];
     for (int64_t d = 0; d < dim; d += kLanes) store(out + d, load(out + d) + load(from + d) * splat(weight[0]));
   }
@@ -309,8 +341,13 @@ void paged_attention(const float* query, const float* key, const float* value, c
                      const int32_t* cu_seqlens, float* out, int64_t sequences, int64_t max_pages, int64_t page_size,
                      int64_t heads, int64_t kv_heads, int64_t dim, float scale) {
   Shape shape{sequences, max_pages, page_size, heads, kv_heads, dim};
-  int64_t units = 0;
-  for (int64_t index = 0; index < sequences; index++) units += Sequence(cu_seqlens, lengths, index, shape.group()).units();
+  int64_t units = 0, prompts = 0;
+  for (int64_t index = 0; index < sequences; index++) {
+    const Sequence sequence(cu_seqlens, lengths, index, shape.group());
+    (sequence.prompt() ? prompts : units) += sequence.prompt() ? 1 : sequence.units();
+  }
+  // Packing the keys once more for every query head pays where threads would have nothing to do.
+  shape.alone = thread_count() > 1 && prompts * kv_heads + units < 4 * thread_count();
   // Heads together as long as every thread has several tasks to choose from; the results are the same.
   while (shape.together < kv_heads && shape.together < kMostHeads && units * kv_heads >= 8 * thread_count() * shape.together)
     shape.together *= 2;
@@ -320,7 +357,8 @@ void paged_attention(const float* query, const float* key, const float* value, c
   first_task[0] = first_part[0] = 0;
   for (int64_t index = 0; index < sequences; index++) {
     const Sequence sequence(cu_seqlens, lengths, index, shape.group());
-    first_task[index + 1] = first_task[index] + sequence.units() * shape.head_blocks();
+    const int64_t tasks = sequence.prompt() ? shape.prompt_tasks() : sequence.units() * shape.head_blocks();
+    first_task[index + 1] = first_task[index] + tasks;
     const int64_t held = sequence.splits > 1 ? heads * sequence.queries * sequence.splits * (dim + 2) : 0;
     first_part[index + 1] = first_part[index] + held;
   }
@@ -332,7 +370,11 @@ void paged_attention(const float* query, const float* key, const float* value, c
       while (task >= first_task[index + 1]) index++;
       const Sequence sequence(cu_seqlens, lengths, index, shape.group());
       const Cache cache{key, value, block_table + index * max_pages};
-      run_task(tiles, sequence, cache, shape, query, scale, task - first_task[index], out, parts + first_part[index]);
+      const int64_t number = task - first_task[index], shared = shape.alone ? 1 : shape.group();
+      if (sequence.prompt())
+        run_prompt(sequence, cache, shape, query, scale, number * shared, (number + 1) * shared, out);
+      else
+        run_task(tiles, sequence, cache, shape, query, scale, number, out, parts + first_part[index]);
     }
     std::free(tiles);
   });

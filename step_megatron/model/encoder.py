@@ -37,7 +37,7 @@ from step_megatron.model.canonical import canonical_blocks, on_threads, one_thre
 from step_megatron.model.whisper import read_encoder_weights, sinusoids
 
 # Raised when the computation changes in a way that changes bits, so that older caches are not used.
-_REVISION = 3
+_REVISION = 4
 _TAIL_FRAMES = 2
 
 

@@ -91,11 +91,18 @@ def test_long_sequences_are_split_and_joined(length, queries):
     assert_right(Paged([(length, queries), (7, 1)], 5, 1, 64), "cpp")
 
 
+@pytest.mark.parametrize(("length", "queries"), [(600, 60), (1200, 100), (640, 640)])
+def test_long_prompts_carry_the_softmax_on(length, queries):
+    """The keys take several chunks, and blocks of new tokens lie across their borders."""
+    assert_right(Paged([(length, queries), (7, 1)], 4, 2, 64), "cpp")
+
+
 def test_the_narrower_instruction_set_is_right_too():
-    """A process chooses once, so the tests of splitting run again in another one."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "split_and_joined and 513"]
+    """A process chooses once, so the tests of long sequences run again in another one."""
+    tests = "split_and_joined and 513 or carry_the_softmax_on"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", tests]
     done = subprocess.run(command, env={**os.environ, "STEP_KERNELS_ISA": "avx2"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout
+    assert done.returncode == 0 and "7 passed" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
