@@ -8,7 +8,6 @@ The model describes itself: it is built on the meta device, in one process, and 
 what beside the tensors, a checkpoint of it is laid out.
 """
 
-import dataclasses
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,9 +16,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.serialization import _CONTENT_METADATA_KEY
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from step_megatron.checkpoint import distributed
@@ -44,7 +47,7 @@ def write_weights(
     sharded = _described(model, distributed.LAYOUT)
     names = {item.key: name for name, item in sharded.items() if not isinstance(item, ShardedObject)}
     state: dict[str, Any] = {
-        key: torch.empty(_shape(sharded[name]), dtype=dtypes[name], device="meta") for key, name in names.items()
+        key: torch.empty(sharded[name].data.shape, dtype=dtypes[name], device="meta") for key, name in names.items()
     }
     state |= {item.unique_key: [item.data] for item in sharded.values() if isinstance(item, ShardedObject)}
 
@@ -75,31 +78,74 @@ class WeightsReader:
         tensors: shape here (without the padding of a vocabulary) and type in the checkpoint, by full name.
 
     Raises:
-        CheckpointError: no complete checkpoint, or one that lacks parameters; names them all.
+        CheckpointError: no complete checkpoint, or one of another model; names every parameter that does not fit.
     """
 
     def __init__(self, directory: Path, model: torch.nn.Module):
-        self._directory = directory
-        layout = distributed.layout_of(directory)
-        self._sharded = {name: item for name, item in _described(model, layout).items() if not isinstance(item, ShardedObject)}
-        saved = dcp.FileSystemReader(str(directory)).read_metadata().state_dict_metadata
-        if missing := [name for name, item in self._sharded.items() if item.key not in saved]:
-            raise distributed.CheckpointError(f"{directory}: not a checkpoint of this model; it lacks {', '.join(missing)}")
-        self.tensors = {
-            name: TensorInfo(tuple(_shape(item)), saved[item.key].properties.dtype) for name, item in self._sharded.items()
-        }
+        self._directory, self._places = directory, {}
+        self.tensors: dict[str, TensorInfo] = {}
+        described = _described(model, distributed.layout_of(directory))
+        self._reader = CachedMetadataFileSystemReader(str(directory))
+        saved = self._reader.read_metadata().state_dict_metadata
+        wrong = []
+        for name, item in described.items():
+            if isinstance(item, ShardedObject):
+                continue
+            # One process has all of a parameter, where gate and up are one below the other: the first of its shards says where.
+            shard = item if isinstance(item, ShardedTensor) else next(iter(nested_values(item.build())))
+            there = saved.get(item.key)
+            if there is None:
+                wrong.append(f"missing: {name}")
+            elif not _fits(tuple(there.size), tuple(shard.global_shape), shard.allow_shape_mismatch):
+                wrong.append(f"misshapen: {name} is {list(there.size)}, the configuration wants {list(shard.global_shape)}")
+            else:
+                self._places[name] = (item.key, shard.global_offset, shard.prepend_axis_num)
+                self.tensors[name] = TensorInfo(tuple(item.data.shape), there.properties.dtype)
+        if wrong:
+            raise distributed.CheckpointError("\n  ".join([f"{directory}: not a checkpoint of this model:", *wrong]))
 
     def read(self, name: str) -> torch.Tensor:
         """The whole parameter with this full name.
 
         Raises:
-            CheckpointError: another shape than the model's, or damaged files.
+            CheckpointError: damaged files.
         """
-        info, item = self.tensors[name], self._sharded[name]
-        data = torch.empty(info.shape, dtype=info.dtype)
-        typed = {"dtype": info.dtype} if hasattr(item, "dtype") else {}
-        state = {name: dataclasses.replace(item, data=data, **typed)}
-        return distributed.load_state(state, self._directory, validate_access_integrity=False)[name]
+        info, (key, offsets, stacked) = self.tensors[name], self._places[name]
+        tensor = torch.empty((1,) * stacked + info.shape, dtype=info.dtype)
+        try:
+            dcp.load({key: _Region(offsets, tensor)}, storage_reader=self._reader, planner=_RegionPlanner(), no_dist=True)
+        except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+            said = str(error).strip().splitlines()[-1]
+            raise distributed.CheckpointError(f"{self._directory}: {name} cannot be read: {said}") from error
+        return tensor.view(info.shape)
+
+
+class _Region:
+    """A part of a saved tensor, as torch's checkpoints ask for it: only what lies in it is read."""
+
+    def __init__(self, offsets: tuple[int, ...], tensor: torch.Tensor):
+        self._offsets, self.tensor = torch.Size(offsets), tensor
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(self._offsets, self.tensor.shape)]
+
+
+class _RegionPlanner(dcp.DefaultLoadPlanner):
+    """Plans for regions as they are; the default first replaces everything that is not a tensor by a copy."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(self, state_dict: dict, metadata: dcp.Metadata | None = None, is_coordinator: bool = False) -> None:
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn].tensor
+
+
+def _fits(saved: tuple[int, ...], wanted: tuple[int, ...], padded: bool) -> bool:
+    """Whether a saved tensor holds what is wanted; a vocabulary may hold padding besides."""
+    return saved == wanted or (padded and saved[1:] == wanted[1:] and saved[0] > wanted[0])
 
 
 class _ReadWhenWritten(dcp.DefaultSavePlanner):
@@ -118,7 +164,3 @@ class _ReadWhenWritten(dcp.DefaultSavePlanner):
 def _described(model: torch.nn.Module, layout: dict[str, Any]) -> dict[str, Any]:
     """Megatron's description of every parameter, by full name, and of the objects beside them."""
     return distributed.model_state([model], layout)["model"]
-
-
-def _shape(item: Any) -> torch.Size:
-    return item.data.shape

@@ -29,11 +29,12 @@ def model_card(
     parameters = sum(info.bytes // info.dtype.itemsize for info in tensors.values())
     types = ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in tensors.values()}))
     digest = hashlib.sha256(run_config.read_bytes()).hexdigest()
-    licences = list(dict.fromkeys(model["licence"] for model in past.models)) or [UNKNOWN]
+    parts = [(model["name"], model["licence"]) for model in past.models] + ([past.encoder] if past.encoder else [])
+    licences = list(dict.fromkeys(said for _, said in parts))
     sizes = config.megatron.transformer
     lines = [
         "---",
-        f"license: {licences[0].lower() if len(licences) == 1 and licences[0] != UNKNOWN else 'other'}",
+        f"license: {licences[0].lower() if len(licences) == 1 and UNKNOWN not in licences else 'other'}",
         "library_name: transformers",
         "---",
         f"# {past.run}, exported by step-megatron",
@@ -57,10 +58,11 @@ def model_card(
         lines += [f"- drawn from the seed on import: {', '.join(past.drawn)}"]
     if past.added:
         lines += ["- tokens added on import: " + ", ".join(f"`{name}` {number}" for name, number in past.added.items())]
-    if config.encoder.weights not in ("", "random") and not past.models:
-        lines += [f"- frozen encoder: `{Path(config.encoder.weights).name}`"]
+    if past.encoder:
+        lines += [f"- frozen encoder: `{past.encoder[0]}`"]
     lines += ["", "## Licences", ""]
-    lines += [f"- `{model['name']}`: {model['licence']}" for model in past.models] or ["- of what the run was made of: unknown"]
+    lines += [f"- `{name}`: {said}" for name, said in parts]
+    lines += ["- of the data that the run was trained on: see the run's own sources"]
     if UNKNOWN in licences:
         lines += ["- unknown: the files that were imported do not name a licence; find it where they came from"]
     return "\n".join([*lines, "", "Texts that lay beside the weights are in `LICENCES/`.", ""])

@@ -26,6 +26,7 @@ class History:
         ancestors: runs whose weights it started from, the last first.
         models: records of the imported checkpoints (`describe`), the decoder's first.
         drawn, added: parameters and special tokens that the import made.
+        encoder: name and licence of the encoder's directory where the run was not imported.
         places: directories that may hold licence texts.
     """
 
@@ -34,6 +35,7 @@ class History:
     models: list[dict[str, Any]] = field(default_factory=list)
     drawn: list[str] = field(default_factory=list)
     added: dict[str, int] = field(default_factory=dict)
+    encoder: tuple[str, str] | None = None
     places: list[Path] = field(default_factory=list)
 
     @property
@@ -68,8 +70,10 @@ def history(run_dir: Path, config: Config) -> History:
         past.ancestors.append(place.name)
         path = place / RUN_CONFIG
         weights = load_config(path).model.weights if path.is_file() else ""
-    if config.encoder.weights not in ("", "random"):
-        past.places.append(Path(config.encoder.weights))
+    if config.encoder.weights not in ("", "random") and not past.models:
+        place = Path(config.encoder.weights)
+        past.encoder = place.name, licence(place)
+        past.places.append(place)
     return past
 
 
@@ -79,18 +83,18 @@ def describe(foreign: Foreign) -> dict[str, Any]:
     return {
         "name": foreign.directory.resolve().name,
         "layout": foreign.layout,
-        "licence": licence(foreign),
+        "licence": str(foreign.source.fields.get("general.license", UNKNOWN))
+        if isinstance(foreign.source, GgufFile)
+        else licence(foreign.directory),
         "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in foreign.source.files},
         "config": foreign.tree,
         "generation_config": json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else None,
     }
 
 
-def licence(foreign: Foreign) -> str:
-    """The licence as the files around the weights name it: the fetched source's pin, GGUF's field, the model card's header."""
-    if isinstance(foreign.source, GgufFile) and (said := foreign.source.fields.get("general.license")):
-        return str(said)
-    pin, card = foreign.directory / "PINNED.json", foreign.directory / "README.md"
+def licence(directory: Path) -> str:
+    """The licence as the files around the weights name it: the fetched source's pin, or the model card's header."""
+    pin, card = directory / "PINNED.json", directory / "README.md"
     if pin.is_file():
         return str(json.loads(pin.read_text(encoding="utf-8")).get("licence", UNKNOWN))
     if card.is_file():

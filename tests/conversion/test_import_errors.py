@@ -149,6 +149,12 @@ def test_exports_that_cannot_be_are_named(decoder, tmp_path):
             export_run(tmp_path / "run", tmp_path / "back", layout)
     with pytest.raises(CheckpointError, match="no such checkpoint; there are: step_00000000"):
         export_run(tmp_path / "run", tmp_path / "back", step=7)
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(text.replace("ffn_hidden_size: 96", "ffn_hidden_size: 104"))
+    with pytest.raises(
+        CheckpointError, match=r"not a checkpoint of this model:(\n  misshapen: .*linear_fc[12].weight is .*){4}$"
+    ):
+        export_run(tmp_path / "run", tmp_path / "back")
     assert not (tmp_path / "back").exists() and not list(tmp_path.glob(".back*"))
 
 

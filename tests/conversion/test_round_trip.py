@@ -227,3 +227,39 @@ def test_a_decoder_gets_the_encoder_of_another_model(tmp_path):
     shutdown()
     export_run(tmp_path / "run", tmp_path / "back")
     same_bits(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "decoder"))
+
+
+def test_a_run_of_two_ranks_is_exported_whole(worker_pool, tmp_path):
+    """Trained under tensor parallelism with a padded vocabulary; imported again it is the same."""
+    from training.toy_run import train, write_data
+
+    from step_megatron.runtime.device import shutdown
+
+    data = tmp_path / "data"
+    data.mkdir()
+    write_data(data)
+    extra = (
+        "model.vocabulary_size=321",
+        "megatron.transformer.tensor_model_parallel_size=2",
+        "training.steps=2",
+        "training.lr_warmup_steps=0",
+    )
+    worker_pool(2).run(train, {"data": str(data), "run_dir": str(tmp_path / "run"), "extra": extra})
+    export_run(tmp_path / "run", tmp_path / "back", "qwen2")
+    _, (model,) = foreign.loaded(tmp_path / "run", {"tensor_model_parallel_size": 1})
+    exported = tensors_of(tmp_path / "back")
+    decoder = model.language_model
+    assert torch.equal(exported["model.embed_tokens.weight"], decoder.embedding.word_embeddings.weight)
+    assert exported["lm_head.weight"].shape[0] == 321
+    layer = decoder.decoder.layers[1]
+    gate_up = torch.cat([exported[f"model.layers.1.mlp.{half}_proj.weight"] for half in ("gate", "up")])
+    assert torch.equal(gate_up, layer.mlp.linear_fc1.weight)
+    # One group: query, key and value one below the other.
+    qkv = torch.cat([exported[f"model.layers.1.self_attn.{letter}_proj.bias"] for letter in "qkv"])
+    assert torch.equal(qkv, layer.self_attention.linear_qkv.bias)
+    shutdown()
+    import_model(tmp_path / "back", tmp_path / "again")
+    assert export_run(tmp_path / "again", tmp_path / "third")["layout"] == "qwen2"
+    same_bits(tensors_of(tmp_path / "third"), exported)
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert "nothing was imported" in card and "checkpoint `step_00000002` of run `run`" in card
