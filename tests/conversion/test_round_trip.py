@@ -12,6 +12,7 @@ from step_megatron.conversion.exporting import export_run
 from step_megatron.conversion.importing import import_model
 from step_megatron.conversion.sources import ConversionError
 from step_megatron.model.generation import Prompt, generate
+from step_megatron.model.huggingface import to_huggingface
 
 BF16 = torch.bfloat16
 TOKENS = torch.randint(0, 130, (1, 20), generator=torch.Generator().manual_seed(1))
@@ -263,3 +264,13 @@ def test_a_run_of_two_ranks_is_exported_whole(worker_pool, tmp_path):
     same_bits(tensors_of(tmp_path / "third"), exported)
     card = (tmp_path / "back" / "README.md").read_text()
     assert "nothing was imported" in card and "checkpoint `step_00000002` of run `run`" in card
+
+
+@pytest.mark.parametrize(("dtype", "held"), [(BF16, BF16), (torch.float16, torch.float32)])
+def test_half_precision_is_held_as_it_is_trained(dtype, held, tmp_path):
+    """bfloat16 in bfloat16; float16, which would need a loss scale, exactly, in float32."""
+    theirs = foreign.text_model(tmp_path / "theirs", "qwen2", dtype=dtype)
+    import_model(tmp_path / "theirs", tmp_path / "run")
+    config, (model,) = foreign.loaded(tmp_path / "run")
+    ours = to_huggingface(dict(model.language_model.named_parameters()), model.config, config.model.tie_embeddings)
+    same_bits(ours, {name: tensor.to(held) for name, tensor in theirs.state_dict().items()})
