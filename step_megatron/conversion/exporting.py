@@ -12,8 +12,7 @@ absent.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from step_megatron.conversion.importing import ADAPTOR, LANGUAGE_MODEL, meta_mod
 from step_megatron.conversion.provenance import copy_licences, history
 from step_megatron.conversion.sources import ConversionError, CTranslate2Encoder, Source
 from step_megatron.conversion.tokenizer_files import NAMES
-from step_megatron.data.folders import finish_partial, start_partial
+from step_megatron.data.folders import whole_folder
 from step_megatron.data.tokenizer import Tokenizer
 from step_megatron.evaluation.load import inference_config
 from step_megatron.model.adaptor import adaptor_entries
@@ -78,7 +77,7 @@ def export_run(run_dir: Path, out: Path, layout: str | None = None, step: int | 
     check_layout(config, layout)
     checkpoint = _checkpoint(run_dir, step)
     tree = model_configs.build(config, layout, past)
-    with meta_model(config) as model, _folder(out) as folder:
+    with meta_model(config) as model, whole_folder(out) as folder:
         reader = WeightsReader(checkpoint, model)
         pieces = _pieces(config, layout, reader)
         tensors = {name: piece.info for name, piece in pieces.items()}
@@ -213,17 +212,6 @@ def _checkpoint(run_dir: Path, step: int | None) -> Path:
         there = ", ".join(sorted(path.name for path in checkpoint_root(run_dir).glob("step_*"))) or "none"
         raise CheckpointError(f"{run_dir}: no such checkpoint; there are: {there}")
     return found
-
-
-@contextmanager
-def _folder(out: Path) -> Iterator[Path]:
-    partial = start_partial(out)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finish_partial(out)
 
 
 def _copy_tokenizer(config: Config, folder: Path) -> Tokenizer | None:

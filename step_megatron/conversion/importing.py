@@ -11,7 +11,6 @@ One tensor is in memory at a time. OUT is complete or absent.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from step_megatron.conversion import provenance
 from step_megatron.conversion.layouts import Foreign, recognise
 from step_megatron.conversion.sources import ConversionError, Source
 from step_megatron.conversion.tokenizer_files import Prepared, prepare
-from step_megatron.data.folders import finish_partial, start_partial
+from step_megatron.data.folders import whole_folder
 from step_megatron.model.adaptor import adaptor_entries
 from step_megatron.model.audio_lm import AudioLanguageModel, build_model, draw_adaptor
 from step_megatron.model.decoder import transformer_config
@@ -240,13 +239,8 @@ def _folder(out: Path | None) -> Iterator[Path]:
         with TemporaryDirectory() as place:
             yield Path(place)
         return
-    partial = start_partial(out)
-    try:
+    with whole_folder(out) as partial:
         yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finish_partial(out)
 
 
 def _settle_tokenizer(imported: Imported, given: Path | None, folder: Path, out: Path | None) -> Prepared | None:

@@ -1,6 +1,8 @@
 """Folders that are complete or absent: written beside their place, then put there by renaming."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -26,6 +28,18 @@ def finish_partial(final: Path) -> None:
         final.rename(_old(final))
     _partial(final).rename(final)
     shutil.rmtree(_old(final), ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A folder to write into that is at `final` when the block ends, and is gone when it fails."""
+    partial = start_partial(final)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finish_partial(final)
 
 
 def _partial(final: Path) -> Path:

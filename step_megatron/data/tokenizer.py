@@ -107,12 +107,7 @@ class Tokenizer:
         Raises:
             ValueError: half of a surrogate pair, which UTF-8 cannot hold.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text holds half of a surrogate pair at {error.start}; remove it or write the whole character"
-            ) from error
+        check_text(text)
         qwen = self._bpe.encode_ordinary(text)
         if self._text_ids is None:
             return qwen
@@ -165,6 +160,20 @@ class Tokenizer:
         partial = path.with_name("compact.json.partial")
         partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
         partial.replace(path)
+
+
+def check_text(text: str) -> None:
+    """Refuse text that cannot be written in UTF-8.
+
+    Raises:
+        ValueError: half of a surrogate pair.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text holds half of a surrogate pair at {error.start}; remove it or write the whole character"
+        ) from error
 
 
 def build_compact(texts: Iterable[str], tiktoken_path: str | Path, out_dir: str | Path, limit: int = 4096) -> Tokenizer:

@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from step_megatron.data.tokenizer import Tokenizer, TokenizerError
+from step_megatron.data.tokenizer import Tokenizer, TokenizerError, check_text
 
 FILE = "tokenizer.json"
 # Names that this project's templates use -> names of the same tokens in Qwen2-Audio's files.
@@ -47,12 +47,7 @@ class JsonTokenizer(Tokenizer):
         self._digest = hashlib.sha256(json.dumps([text, sorted(names.items())]).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text holds half of a surrogate pair at {error.start}; remove it or write the whole character"
-            ) from error
+        check_text(text)
         return self._encoder.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, number: int) -> bytes:
