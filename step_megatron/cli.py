@@ -238,7 +238,7 @@ def _data_show_batch(options) -> None:
 
 
 def _data_encode(options) -> None:
-    from step_megatron.training.midtrain import encode
+    from step_megatron.training.encoding import encode
 
     encode(_config(options))
 

@@ -14,7 +14,8 @@ from step_megatron.checkpoint.distributed import checkpoint_root, latest_checkpo
 from step_megatron.config import ConfigError, load_config
 from step_megatron.runtime.device import initialize, shutdown
 from step_megatron.runtime.metrics import MetricsWriter, read_metrics
-from step_megatron.training import midtrain
+from step_megatron.training import stage
+from step_megatron.training.encoding import passes_over
 from step_megatron.training.record import check_record
 
 # What depends on the clock or the machine, not on the training.
@@ -177,7 +178,7 @@ def test_metrics_are_closed_whatever_ends_the_run(data, uninterrupted, tmp_path,
 
     closed = []
     monkeypatch.setattr(MetricsWriter, "close", lambda writer: closed.append(writer))
-    monkeypatch.setattr(midtrain, "train", failing)
+    monkeypatch.setattr(stage, "train", failing)
     with pytest.raises(OSError, match="no space left"):
         train(0, 1, data=data, run_dir=str(tmp_path))
     train(0, 1, data=data, run_dir=str(uninterrupted[0]))
@@ -205,12 +206,12 @@ def test_passes_count_what_is_heard_not_what_is_read(data, tmp_path):
     config = load_config(None, [*overrides(data, str(tmp_path)), "training.steps=100", "training.validation_interval=0"])
     runtime = initialize(config)
     try:
-        tokenizer, index = midtrain.load_tokenizer(config), AudioIndex.load(data)
-        loader, validation = midtrain._loaders(config, tokenizer, index, runtime)
+        tokenizer, index = stage.load_tokenizer(config), AudioIndex.load(data)
+        loader, validation = stage._loaders(config, tokenizer, index, runtime)
         heard = sum(len({span.address for span in batch.audio}) for batch in loader.next_step())
-        loader, _ = midtrain._loaders(config, tokenizer, index, runtime)
-        assert midtrain._passes(config, loader, validation) == pytest.approx(heard * 100 / 12)
+        loader, _ = stage._loaders(config, tokenizer, index, runtime)
+        assert passes_over(config, loader, validation) == pytest.approx(heard * 100 / 12)
         config.training.validation_interval = 1
-        assert midtrain._passes(config, loader, validation) >= 100
+        assert passes_over(config, loader, validation) >= 100
     finally:
         shutdown()

@@ -81,6 +81,6 @@ def train(rank: int, world_size: int, *, data: str, run_dir: str, extra: tuple[s
 
 def encode_clips(rank: int, world_size: int, *, data: str, run_dir: str, extra: tuple[str, ...] = ()) -> int:
     """Run `encode`; returns how many clips it encoded."""
-    from step_megatron.training.midtrain import encode
+    from step_megatron.training.encoding import encode
 
     return encode(load_config(None, overrides(data, run_dir) + list(extra)))

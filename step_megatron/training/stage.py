@@ -1,0 +1,233 @@
+"""A training stage, from a configuration to a trained run: `run_stage(config, name)` under torchrun or in one process.
+
+What every supervised stage shares is assembled here; a stage's own file (`midtrain`, ...) says what is its own.
+
+A run directory holds all there is to know about a run:
+
+    config.yaml, run.json      the resolved configuration; versions, layout and seed
+    metrics.jsonl, tensorboard one line every `run.log_interval` steps
+    checkpoints/               see `checkpoint.distributed`
+    quarantine.jsonl           clips that failed while training, samples that are left out
+
+Calling it again on the same directory goes on from the newest checkpoint: the same batches, the same numbers as without the stop.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from step_megatron.audio.cache import EncodedClip
+from step_megatron.audio.encode_once import EncodedAudio
+from step_megatron.audio.index import AudioIndex
+from step_megatron.checkpoint.distributed import latest_checkpoint, load_checkpoint, save_checkpoint
+from step_megatron.config.load import ConfigError
+from step_megatron.config.schema import Config
+from step_megatron.data.loader import MixtureLoader
+from step_megatron.data.micro_batch import MicroBatch
+from step_megatron.data.tokenizer import Tokenizer
+from step_megatron.runtime.device import Runtime, initialize, shutdown
+from step_megatron.runtime.flops import device_peak, encoder_work, precision, training_flops
+from step_megatron.runtime.metrics import MetricsWriter
+from step_megatron.runtime.progress import Progress, get_logger
+from step_megatron.training.batch import TrainingBatch, to_device
+from step_megatron.training.encoding import clips_of, encoded_audio, passes_over
+from step_megatron.training.interruption import Interruption
+from step_megatron.training.loop import Trainer, train
+from step_megatron.training.meter import Meter
+from step_megatron.training.optimizer import settled_parameters
+from step_megatron.training.record import check_record, write_record
+from step_megatron.training.state import TrainState, build_state
+
+logger = get_logger(__name__)
+
+
+def run_stage(config: Config, name: str) -> dict[str, Any]:
+    """Train, or go on with, the run of `config.run.dir`; every rank calls this.
+
+    Args:
+        name: of the stage, for the progress line.
+
+    Returns:
+        `run_dir`, `checkpoint`, `steps`, `seconds` of this call, `interrupted` (a signal's name, or None), and the last line of
+        metrics; the same on every rank.
+
+    Raises:
+        ConfigError, ValueError: settings or data that cannot be used; the message names the key or the file.
+    """
+    started = time.perf_counter()
+    runtime = initialize(config)
+    try:
+        group = dist.group.WORLD if runtime.backend == "gloo" else dist.new_group(backend="gloo", timeout=runtime.timeout)
+        with Interruption(group) as interruption, closing(build_trainer(config, runtime, interruption)) as trainer:
+            run(trainer, name)
+        return {
+            "run_dir": config.run.dir,
+            "checkpoint": str(latest_checkpoint(config.run.dir)),
+            "steps": trainer.step,
+            "seconds": round(time.perf_counter() - started, 3),
+            "interrupted": interruption.signal_name,
+            **trainer.last,
+        }
+    finally:
+        shutdown()
+
+
+def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) -> Trainer:
+    """Everything of a run, at the step of its newest checkpoint or at step 0; collective over all ranks."""
+    if not config.data.sources:
+        raise ConfigError("data.sources is empty; name at least one source: [{name: speech, path: train.jsonl, weight: 1}]")
+    tokenizer = load_tokenizer(config)
+    checkpoint = latest_checkpoint(config.run.dir)
+    if checkpoint is not None:
+        check_record(config, runtime)
+    index = AudioIndex.load(config.data.index) if config.data.index else None
+    loader, validation = _loaders(config, tokenizer, index, runtime)
+    clips = loader.sources.clips + (validation.sources.clips if validation else 0)
+    audio = encoded_audio(config, runtime, index, passes_over(config, loader, validation), clips) if clips else None
+    if audio is not None and audio.cache is not None:
+        audio.prepare(clips_of(loader, validation))
+    state = build_state(config, runtime.control_group, resumes=checkpoint is not None)
+    sources = tuple(dict.fromkeys([*loader.source_names, *(validation.source_names if validation else ())]))
+    meter = Meter(
+        sources,
+        runtime,
+        flops_of(config, state),
+        device_peak(runtime.device, precision(config.megatron.transformer)),
+        encoder_flops=lambda: encoder_work(config.encoder, audio.encoded_frames).forward if audio else 0,
+        samples_left_out=lambda: len(loader.sources.left_out),
+    )
+    step = 0
+    if checkpoint is not None:
+        step, extra = load_checkpoint(checkpoint, state.model, state.optimizer, state.scheduler)
+        loader.load_state_dict(extra["loader"])
+        meter.load_state_dict(extra["meter"])
+        logger.info("going on from %s", checkpoint)
+    on_device = partial(_on_device, audio=audio, sources=sources, encoder_width=config.encoder.width, runtime=runtime)
+    metrics = MetricsWriter(config.run.dir, config, step)
+    return Trainer(
+        config=config,
+        runtime=runtime,
+        model=state.model,
+        optimizer=state.optimizer,
+        scheduler=state.scheduler,
+        sources=sources,
+        next_batches=lambda: on_device(loader.next_step()),
+        validation_batches=_validation_batches(validation, on_device) if validation else None,
+        meter=meter,
+        save=partial(_save, loader=loader),
+        report=metrics.write,
+        advance=lambda step, values: None,
+        interruption=interruption,
+        close=metrics.close,
+        step=step,
+    )
+
+
+def run(trainer: Trainer, name: str) -> None:
+    """Train to the end, with a record of the run and a progress line."""
+    config, runtime = trainer.config, trainer.runtime
+    if trainer.step >= config.training.steps:
+        logger.info("%s has all of its %d steps; raise training.steps to go on", config.run.dir, config.training.steps)
+        return
+    if runtime.rank == 0:
+        write_record(config, runtime)
+    with Progress(config.training.steps - trainer.step, name, "steps") as bar:
+        trainer.advance = lambda step, values: bar.update(1, f"step {step}  loss {values.get('loss', float('nan')):.4f}")
+        train(trainer)
+    if trainer.interruption.signal_name:
+        logger.warning(
+            "%s: stopped at step %d and saved; run the same command again to go on",
+            trainer.interruption.signal_name,
+            trainer.step,
+        )
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+    """The run's tokenizer.
+
+    Raises:
+        ConfigError: none is named, or it has more tokens than the model has rows.
+    """
+    if not config.tokenizer.path:
+        raise ConfigError("tokenizer.path is not set; give the folder that `step-megatron data build` wrote, or one of Qwen's")
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    if tokenizer.size > config.model.vocabulary_size:
+        raise ConfigError(
+            f"model.vocabulary_size={config.model.vocabulary_size} is smaller than the {tokenizer.size} tokens of "
+            f"{config.tokenizer.path}; raise it"
+        )
+    return tokenizer
+
+
+def flops_of(config: Config, state: TrainState) -> Callable[[TrainingBatch], int]:
+    """Operations that training on a micro-batch needs, given what is frozen (on any rank: a stage alone may have no adaptor)."""
+    names = [name for chunk in state.model for name, parameter in chunk.named_parameters() if parameter.requires_grad]
+    flags = torch.tensor(
+        [any("adaptor" not in name for name in names), any("adaptor" in name for name in names)], dtype=torch.int32
+    )
+    flags = flags.to(next(state.model[0].parameters()).device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    decoder_trained, adaptor_trained = (bool(flag) for flag in flags.tolist())
+
+    def flops(batch: TrainingBatch) -> int:
+        *lengths, last = batch.model.packed.segment_lengths
+        segments = [*lengths, max(0, last - batch.padding)]
+        return training_flops(
+            config,
+            segments,
+            batch.model.encoder_frames,
+            decoder_trained=decoder_trained,
+            adaptor_trained=adaptor_trained,
+            predicted=batch.trained,
+        )
+
+    return flops
+
+
+def _on_device(
+    micro_batches: list[MicroBatch], audio: EncodedAudio | None, sources: tuple[str, ...], encoder_width: int, runtime: Runtime
+) -> list[TrainingBatch]:
+    """Fetch the clips of a replica's micro-batches (collective), and put the micro-batches on the device."""
+    clips: Mapping[str, EncodedClip | None] = {}
+    if audio is not None:
+        clips = audio.fetch([span.address for batch in micro_batches for span in batch.audio])
+    return [to_device(batch, clips, sources, encoder_width, runtime) for batch in micro_batches]
+
+
+def _loaders(
+    config: Config, tokenizer: Tokenizer, index: AudioIndex | None, runtime: Runtime
+) -> tuple[MixtureLoader, MixtureLoader | None]:
+    """The training loader, and the validation loader if there is one: one step of it is one measurement."""
+    place = (runtime.dp_rank, runtime.dp_size, runtime.device.type == "cuda")
+    quarantine = Path(config.run.dir) / "quarantine.jsonl"
+    training = MixtureLoader(config, tokenizer, index, *place, quarantine=quarantine)
+    if not config.data.validation:
+        return training, None
+    return training, MixtureLoader(config, tokenizer, index, *place, validation=True, quarantine=quarantine)
+
+
+def _validation_batches(
+    loader: MixtureLoader, on_device: Callable[[list[MicroBatch]], list[TrainingBatch]]
+) -> Callable[[], list[TrainingBatch]]:
+    """The same micro-batches at every call; only their plan is kept, not their audio."""
+    micro_batches = loader.next_step()
+    return lambda: on_device(micro_batches)
+
+
+def _save(trainer: Trainer, loader: MixtureLoader) -> None:
+    with settled_parameters(trainer.model):
+        save_checkpoint(
+            trainer.config.run.dir,
+            trainer.step,
+            trainer.model,
+            trainer.optimizer,
+            trainer.scheduler,
+            {"loader": loader.state_dict(), "meter": trainer.meter.state_dict()},
+            keep=trainer.config.training.keep_checkpoints,
+        )
