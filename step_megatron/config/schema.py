@@ -157,6 +157,49 @@ class MegatronConfig:
 
 
 @dataclass
+class KLConfig:
+    """The penalty on leaving the reference policy; `rl/kl.py` has the reasons for the defaults."""
+
+    # `reward`: part of every token's reward. `loss`: a term of the loss.
+    place: Literal["reward", "loss"] = "reward"
+    # `auto`: k1 in the reward, k2 in the loss. k1 is refused in the loss; k3's gradient there is of another divergence.
+    estimator: Literal["auto", "k1", "k2", "k3"] = "auto"
+    # The coefficient; the report gives none.
+    beta: float = 0.05
+    # KL of a sample (summed over its tokens) that beta adapts to; none keeps beta fixed.
+    target: float | None = None
+    # Samples over which beta adapts.
+    horizon: float = 10000.0
+
+
+@dataclass
+class PPOConfig:
+    """Equations 4 and 5 of the report; published values are Step-Audio-R1's."""
+
+    # Ratios are clipped to 1 - clip .. 1 + clip_high (none: clip).
+    clip: float = 0.2
+    clip_high: float | None = None
+    # Values are clipped to their old value +- this; none leaves it out.
+    value_clip: float | None = 0.2
+    gamma: float = 1.0
+    gae_lambda: float = 1.0
+    # `critic`: a value network. `group`, `leave_one_out`: the other samples of the same prompt, no critic.
+    baseline: Literal["critic", "group", "leave_one_out"] = "critic"
+    whiten_advantages: bool = True
+    entropy_coefficient: float = 0.0
+    # Largest weight of truncated importance sampling between trainer and rollout; none leaves the weights out.
+    importance_truncation: float | None = 2.0
+    kl: KLConfig = field(default_factory=KLConfig)
+
+
+@dataclass
+class RLConfig:
+    """Reinforcement learning from judgments (3.3 of the report)."""
+
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -168,4 +211,5 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
