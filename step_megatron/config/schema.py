@@ -193,10 +193,53 @@ class PPOConfig:
 
 
 @dataclass
+class JudgeServerConfig:
+    """An OpenAI-compatible server that judges."""
+
+    # Up to and including the version: `http://host:8000/v1`.
+    url: str = ""
+    model: str = ""
+    # Name of the environment variable that holds the key; empty for a server without one. The key itself is never written.
+    api_key_env: str = ""
+    # Requests on the way at once.
+    concurrency: int = 32
+    # For a whole answer.
+    timeout_seconds: float = 300.0
+    # After a failure that may pass (429, 5xx, a broken connection), with exponentially growing, jittered waits.
+    retries: int = 5
+    backoff_seconds: float = 1.0
+    max_backoff_seconds: float = 60.0
+    temperature: float = 0.6
+    max_tokens: int = 2048
+    # Folder of answers already had; empty keeps none.
+    cache_dir: str = ""
+
+
+@dataclass
+class JudgeConfig:
+    """The generative reward model: how it is asked, and how its verdicts are read."""
+
+    # Of the scale: 7 is -3 .. 3, 6 the same without the tie.
+    levels: int = 7
+    # `both`: each pair in both orders. `random`: in one, at half the cost, and with the judge's preference for a place in it.
+    orders: Literal["both", "random"] = "both"
+    # Times that an answer without a verdict is asked for again before the sample is masked.
+    retries: int = 3
+    # Share of masked samples above which the run stops.
+    failure_limit: float = 0.2
+    # `brief` is for small models that were trained to judge.
+    instructions: Literal["full", "brief"] = "full"
+    # Of each quoted text; the middle of a longer one is left out.
+    max_characters: int = 20000
+    server: JudgeServerConfig = field(default_factory=JudgeServerConfig)
+
+
+@dataclass
 class RLConfig:
     """Reinforcement learning from judgments (3.3 of the report)."""
 
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass
