@@ -43,7 +43,7 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server: Server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"null")
         with server.lock:
             server.bodies.append((self.path, body))
             server.headers.append(dict(self.headers))
@@ -55,6 +55,9 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with server.lock:
                 server.at_work -= 1
+
+    # What a client makes of a redirected POST.
+    do_GET = do_POST
 
     def reply(self, status, body, **headers):
         self.send_response(status)
@@ -194,13 +197,13 @@ def test_what_the_user_must_mend_ends_the_run(code, monkeypatch):
 def test_the_key_is_neither_logged_nor_kept_nor_sent_elsewhere(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with judging() as (other, _, _):
-        elsewhere = status(307, b"moved", Location=f"http://127.0.0.1:{other.server_port}/v1/chat/completions")
+        elsewhere = status(302, b"moved", Location=f"http://127.0.0.1:{other.server_port}/v1/chat/completions")
         script = (elsewhere, status(400, KEY.encode()), completion())
         with judging(*script, api_key_env="JUDGE_KEY", cache_dir=str(tmp_path)) as (_, judge, _), caplog.at_level(logging.DEBUG):
             assert reward_of(judge) is None and reward_of(judge) is None and reward_of(judge) is not None
             assert KEY not in repr(judge.__dict__)
         assert not other.bodies
-    assert KEY not in caplog.text and "[key]" in caplog.text and "HTTP 307" in caplog.text
+    assert KEY not in caplog.text and "[key]" in caplog.text and "HTTP 302" in caplog.text
     assert all(KEY.encode() not in file.read_bytes() for file in tmp_path.iterdir())
 
 
