@@ -5,6 +5,7 @@ initialised in the same process (the test pools do).
 """
 
 import datetime
+import gc
 import json
 import os
 import sys
@@ -130,6 +131,8 @@ def _destroy() -> None:
         dist.destroy_process_group()
     megatron_release.reset_globals()
     megatron_cpu.uninstall()
+    # A group ends, with its threads and sockets, when nothing holds it any more; models do, and are in cycles.
+    gc.collect()
 
 
 def _environment() -> tuple[int, int, int, int]:

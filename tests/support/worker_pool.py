@@ -22,6 +22,7 @@ failure does not spoil other tests.
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import io
 import multiprocessing
@@ -190,6 +191,8 @@ def _worker(
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     faulthandler.enable(file=sys.stderr)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # `shutdown` collects garbage: what was imported before the fork need not be looked through each time.
+    gc.freeze()
     while True:
         try:
             target, path, kwargs = pickle.loads(pipe.recv_bytes())
