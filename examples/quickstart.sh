@@ -23,33 +23,7 @@ recipe=(--config examples/recipes/quickstart.yaml "run.dir=$run" "tokenizer.path
     "data.sources=[{name: audio, path: $open/train.jsonl, weight: 0.85}, {name: text, path: $open/text_train.jsonl, weight: 0.15}]")
 
 source examples/environment.sh
-mkdir -p "$run"
-
-# stage NAME COMMAND...: runs it, and keeps for the report the seconds that it took, all attempts together. Once it has been done
-# (done.NAME) they stay: a later run finds the work done and says nothing about what it costs.
-counted="" began=0
-stage() {
-    local name="$1"
-    shift
-    printf '\n== %s (the stages before it: %s s)\n' "$name" "$SECONDS"
-    [ -e "$run/done.$name" ] || counted="$name"
-    began=$SECONDS
-    "$@"
-    count
-    touch "$run/done.$name"
-}
-count() {
-    [ -n "$counted" ] || return 0
-    echo $(($(cat "$run/seconds.$counted" 2> /dev/null || echo 0) + SECONDS - began)) > "$run/seconds.$counted.new"
-    mv "$run/seconds.$counted.new" "$run/seconds.$counted"
-    counted=""
-}
-# An attempt that fails or is interrupted counts as well.
-trap count EXIT
-
-# The runtime gives every process its share of the cores; torchrun only wants to be told something. After a signal the step is
-# finished and saved: torchrun would wait for 30 s only.
-several() { OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$ranks" --shutdown-timeout 600 -m step_megatron.cli "$@"; }
+source examples/stages.sh
 
 stage fetch step-megatron data fetch --group quickstart
 stage build step-megatron data build --out "$open" ${clips:+--clips "$clips"}

@@ -109,6 +109,12 @@ def _add_data(commands) -> None:
     parser.add_argument("--clips", type=int, help="only so many clips, for a quick look")
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=1)
+    text = "turn the telephone prompts into conversations that ask for the words, and an audio index; no vocabulary"
+    parser = _command(data, "build-transcripts", _data_build_transcripts, text)
+    parser.add_argument("--data", type=Path, default=_default_data())
+    parser.add_argument("--out", type=Path, help="folder to write (default: DATA/transcripts)")
+    parser.add_argument("--languages", nargs="+", default=["en", "es", "fr", "it"], metavar="LL")
+    parser.add_argument("--seed", type=int, default=1)
     parser = _command(data, "from-manifest", _data_from_manifest, "turn a NeMo manifest (tarred or not) into conversations")
     parser.add_argument("manifest", type=Path, metavar="MANIFEST.json")
     parser.add_argument("--out", type=Path, required=True, metavar="CONVERSATIONS.jsonl")
@@ -142,6 +148,8 @@ def _add_eval(commands) -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=_default_data() / "open-speech", help="folder that `data build` wrote")
     parser.add_argument("--limit", type=int, help="items a task, for a quick look")
+    text = "folder of a Whisper model (CTranslate2) that transcribes the same clips, to compare with; needs the extra dev"
+    parser.add_argument("--whisper", type=Path, metavar="DIR", help=text)
     parser = _command(commands, "report", _report, "one self-contained HTML file of a run that was evaluated")
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=_default_data() / "open-speech")
@@ -203,6 +211,14 @@ def _data_build(options) -> None:
     print(f"{out}: {summary['audio_seconds']:.0f} audio-seconds, clips {summary['clips']}")
 
 
+def _data_build_transcripts(options) -> None:
+    from step_megatron.data.prepare import prepare_transcripts
+
+    out = options.out or options.data / "transcripts"
+    summary = prepare_transcripts(options.data, out, options.languages, options.seed)
+    print(f"{out}: {summary['audio_seconds']:.0f} audio-seconds, clips {summary['languages']}")
+
+
 def _data_from_manifest(options) -> None:
     from step_megatron.data.manifest import convert_manifest
 
@@ -258,7 +274,7 @@ def _eval(options) -> None:
     from step_megatron.evaluation.run import Limits, evaluate
 
     results = options.run / "results.json"
-    evaluate(options.run, options.data, results, Limits(items_per_task=options.limit or 0))
+    evaluate(options.run, options.data, results, Limits(items_per_task=options.limit or 0), options.whisper)
     write_report(options.run, options.data, options.run / "report.html")
 
 

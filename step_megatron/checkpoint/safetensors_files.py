@@ -95,14 +95,14 @@ class SafetensorsFiles:
             if name not in self._places or self._places[name].file.name != file:
                 raise SafetensorsError(f"{index}: says that {name} is in {file}, where it is not; fetch the files again")
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor, in memory of its own.
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor, in memory of its own or in `into`, which is contiguous and has its shape and type.
 
         Raises:
             SafetensorsError: the file has become shorter.
         """
         info, place = self.tensors[name], self._places[name]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
+        tensor = torch.empty(info.shape, dtype=info.dtype) if into is None else into
         view = _bytes_of(tensor)
         with place.file.open("rb", buffering=0) as file:
             file.seek(place.offset)
@@ -199,8 +199,8 @@ def _write_tensor(stream: BinaryIO, name: str, info: TensorInfo, tensor: torch.T
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The tensor's own memory."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    """The tensor's own memory; it has to be contiguous."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from step_megatron.checkpoint.safetensors_files import TensorInfo
 from step_megatron.config.schema import Config
@@ -50,8 +51,9 @@ def model_card(
         *(f"- which started from the weights of `{name}`" for name in past.ancestors),
     ]
     for model in past.models:
+        files = model["files"].items()
         lines += [f"- imported: `{model['name']}` (layout {model['layout']}), licence: {model['licence']}"]
-        lines += [f"  - `{name}`: {file['bytes']:,} bytes, SHA-256 `{file['sha256']}`" for name, file in model["files"].items()]
+        lines += [f"  - `{name}`: {file['bytes']:,} bytes, SHA-256 `{file['sha256']}`{_checked(file)}" for name, file in files]
     if not past.models:
         lines += ["- nothing was imported: decoder and adaptor were drawn from a seed and trained"]
     if past.drawn:
@@ -66,3 +68,7 @@ def model_card(
     if UNKNOWN in licences:
         lines += ["- unknown: the files that were imported do not name a licence; find it where they came from"]
     return "\n".join([*lines, "", "Texts that lay beside the weights are in `LICENCES/`.", ""])
+
+
+def _checked(file: Mapping[str, Any]) -> str:
+    return f", as {file['checked_against']} says" if file.get("checked_against") else ""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from step_megatron.checkpoint.safetensors_files import TensorInfo
-from step_megatron.conversion.sources import ConversionError
+from step_megatron.conversion.sources import ConversionError, placed
 
 _VERSIONS = (2, 3)
 _SCALARS = dict(enumerate("BbHhIif?"))
@@ -73,7 +73,7 @@ class GgufFile:
             raise ConversionError(f"{self.files[0]}: llama.{name} is missing; fetch the file again")
         return self.fields[f"llama.{name}"]
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         import gguf
 
         shape, kind, offset = self._places[name]
@@ -84,7 +84,7 @@ class GgufFile:
         for module, heads in (("q_proj", "attention.head_count"), ("k_proj", "attention.head_count_kv")):
             if f".{module}." in name:
                 tensor = tensor.unflatten(0, (self.setting(heads), -1, 2)).transpose(1, 2).flatten(0, 2)
-        return tensor
+        return placed(tensor, into)
 
 
 class _Header:

@@ -12,7 +12,7 @@ One tensor is in memory at a time. OUT is complete or absent.
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from step_megatron.config.load import RUN_CONFIG, save
 from step_megatron.config.schema import Config, EncoderConfig
 from step_megatron.conversion import provenance
 from step_megatron.conversion.layouts import Foreign, recognise
-from step_megatron.conversion.sources import ConversionError, Source
+from step_megatron.conversion.sources import ConversionError, Scratch, Source
 from step_megatron.conversion.tokenizer_files import Prepared, prepare
 from step_megatron.data.folders import whole_folder
 from step_megatron.model.adaptor import adaptor_entries
@@ -58,6 +58,8 @@ class Imported:
         models: the checkpoint of the decoder and, where the encoder comes from another, that one.
         prepared: the tokenizer.
         drawn: parameters that no file has.
+
+    A tensor that is read is good until the next one is: they share their memory.
     """
 
     config: Config
@@ -67,14 +69,15 @@ class Imported:
     models: list[Foreign]
     prepared: Prepared | None = None
     drawn: dict[str, torch.Tensor] = field(default_factory=dict)
+    _whole: Scratch = field(default_factory=Scratch)
+    _part: Scratch = field(default_factory=Scratch)
 
     def read(self, name: str) -> torch.Tensor:
         """A parameter of decoder or adaptor, by its full name."""
         if name in self.drawn:
             return self.drawn[name]
-        source = self.models[0].source
-        entry = self.decoder.get(name) or self.adaptor[name]
-        tensor = entry.join([source.read(theirs) for theirs, _ in entry.theirs])
+        entry, source = self._entry(name)
+        tensor = self._joined(entry, source)
         if name not in (LANGUAGE_MODEL + EMBEDDING, LANGUAGE_MODEL + OUTPUT):
             return tensor
         copy = self.models[0].decoder_name("lm_head.weight")
@@ -87,7 +90,17 @@ class Imported:
 
     def read_encoder(self, name: str) -> torch.Tensor:
         """A tensor of the encoder, by its released name."""
-        return self.models[-1].source.read(self.encoder[name].theirs[0][0])
+        return self._joined(*self._entry(name))
+
+    def _joined(self, entry: Entry, source: Source) -> torch.Tensor:
+        dtype = source.tensors[entry.theirs[0][0]].dtype
+        tensor = self._whole.tensor(entry.shape, dtype)
+        for view, (theirs, shape) in zip(entry.views(tensor), entry.theirs, strict=True):
+            if view.is_contiguous():
+                source.read(theirs, view.view(shape))
+            else:
+                view.copy_(source.read(theirs, self._part.tensor(shape, dtype)).view(view.shape))
+        return tensor
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor: that which it has in the files.
@@ -136,7 +149,8 @@ def import_model(
         `layouts`, `tensors` and `bytes` as they are here, `drawn` parameters, `added` specials, `tokenizer` and `template`.
 
     Raises:
-        ConversionError, SafetensorsError, TokenizerError: what does not fit; all tensors that do not are named in one message.
+        ConversionError, SafetensorsError, TokenizerError: what does not fit (all tensors that do not are named in one message), or a
+            file that is not what its known digest says.
         FileExistsError: `out` is there already.
     """
     if out is not None and out.exists():
@@ -151,10 +165,12 @@ def import_model(
             def advance(name: str) -> None:
                 bar.update(sizes.get(name, 0) / 1e6)
 
-            if out is None:
-                _read_all(imported, advance)
-            else:
-                _write(imported, folder, out.absolute(), advance)
+            with _digests(imported.models) as records:
+                if out is None:
+                    _read_all(imported, advance)
+                else:
+                    _write(imported, folder, out.absolute(), advance)
+                _record(imported, [found.result() for found in records], folder)
     prepared = imported.prepared
     return {
         "layouts": [foreign.layout for foreign in imported.models],
@@ -272,30 +288,38 @@ def _read_all(imported: Imported, advance: Callable[[str], None]) -> None:
         advance(name)
 
 
+@contextmanager
+def _digests(models: list[Foreign]) -> Iterator[list[Future]]:
+    """Records of the checkpoints, made beside the reading, which leaves the files in the system's cache."""
+    with ThreadPoolExecutor(1) as thread:
+        yield [thread.submit(provenance.describe, foreign) for foreign in models]
+
+
 def _write(imported: Imported, folder: Path, out: Path, advance: Callable[[str], None]) -> None:
     config = imported.config
     config.run.dir = str(out)
-    with ThreadPoolExecutor(1) as hashing:
-        # Beside the reading, which leaves the files in the system's cache.
-        records = [hashing.submit(provenance.describe, foreign) for foreign in imported.models]
-        if imported.encoder:
-            config.encoder.weights = str(out / "encoder")
-            infos = {name: TensorInfo(entry.shape, imported.dtype(name)) for name, entry in imported.encoder.items()}
-            write_safetensors(folder / "encoder", infos, imported.read_encoder, written=advance)
-        root = checkpoint_root(folder)
-        with meta_model(config) as model:
-            dtypes = {name: imported.dtype(name) for name in (*imported.decoder, *imported.adaptor, *imported.drawn)}
-            write_weights(root / _CHECKPOINT, model, dtypes, imported.read, written=advance)
-        (root / LATEST).write_text(_CHECKPOINT + "\n", encoding="utf-8")
-        record = {
-            "models": [found.result() for found in records],
-            "drawn": sorted(imported.drawn),
-            "added": imported.prepared.added if imported.prepared else {},
-        }
+    if imported.encoder:
+        config.encoder.weights = str(out / "encoder")
+        infos = {name: TensorInfo(entry.shape, imported.dtype(name)) for name, entry in imported.encoder.items()}
+        write_safetensors(folder / "encoder", infos, imported.read_encoder, written=advance)
+    root = checkpoint_root(folder)
+    with meta_model(config) as model:
+        dtypes = {name: imported.dtype(name) for name in (*imported.decoder, *imported.adaptor, *imported.drawn)}
+        write_weights(root / _CHECKPOINT, model, dtypes, imported.read, written=advance)
+    (root / LATEST).write_text(_CHECKPOINT + "\n", encoding="utf-8")
+    save(config, folder / RUN_CONFIG)
+
+
+def _record(imported: Imported, models: list[dict[str, Any]], folder: Path) -> None:
+    """Write what was imported, and the licences."""
+    record = {
+        "models": models,
+        "drawn": sorted(imported.drawn),
+        "added": imported.prepared.added if imported.prepared else {},
+    }
+    (folder / provenance.FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for foreign in imported.models:
         provenance.copy_licences(foreign.directory, folder / "LICENCES")
-    (folder / provenance.FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    save(config, folder / RUN_CONFIG)
 
 
 @contextmanager

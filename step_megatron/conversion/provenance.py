@@ -9,9 +9,10 @@ from typing import Any
 
 from step_megatron.config.load import RUN_CONFIG, load_config
 from step_megatron.config.schema import Config
+from step_megatron.conversion.digests import Digest, checked, known_digests
 from step_megatron.conversion.gguf_file import GgufFile
 from step_megatron.conversion.layouts import Foreign
-from step_megatron.data.fetch.download import sha256_of
+from step_megatron.conversion.tokenizer_files import NAMES
 
 FILE = "import.json"
 UNKNOWN = "unknown"
@@ -78,17 +79,32 @@ def history(run_dir: Path, config: Config) -> History:
 
 
 def describe(foreign: Foreign) -> dict[str, Any]:
-    """The record of one imported checkpoint; reads every file once, for its hash."""
+    """The record of one imported checkpoint; reads every file once, for its digest.
+
+    Raises:
+        ConversionError: a file whose digest is known and is another.
+    """
     generation = foreign.directory / "generation_config.json"
+    known = known_digests(foreign.directory)
+    beside = [foreign.directory / name for name in ("config.json", generation.name, *NAMES)]
+    files = list(dict.fromkeys([*foreign.source.files, *(file for file in beside if file.is_file())]))
     return {
         "name": foreign.directory.resolve().name,
         "layout": foreign.layout,
         "licence": str(foreign.source.fields.get("general.license", UNKNOWN))
         if isinstance(foreign.source, GgufFile)
         else licence(foreign.directory),
-        "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in foreign.source.files},
+        "files": {file.name: _describe_file(file, known.get(file.name)) for file in files},
         "config": foreign.tree,
         "generation_config": json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else None,
+    }
+
+
+def _describe_file(file: Path, known: Digest | None) -> dict[str, Any]:
+    return {
+        "bytes": file.stat().st_size,
+        "sha256": checked(file, known),
+        "checked_against": known.said_by if known else None,
     }
 
 

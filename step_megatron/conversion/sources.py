@@ -3,6 +3,7 @@
 A source lists names, shapes and types before anything is read, and reads one tensor at a time. Nothing is executed or unpickled.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -29,8 +30,35 @@ class Source(Protocol):
     tensors: Mapping[str, TensorInfo]
     files: list[Path]
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own."""
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """One tensor, in memory of its own or in `into`, which is contiguous and has its shape and type."""
+
+
+def placed(tensor: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
+    """The tensor, copied into `into` where that is given: for a source that makes its tensors."""
+    return tensor if into is None else into.copy_(tensor)
+
+
+class Scratch:
+    """Memory for one tensor at a time, of any shape and type, which stays this process's.
+
+    A large tensor of its own would be given to the process page by page each time: five times as slow as reading into pages that
+    are there.
+    """
+
+    def __init__(self) -> None:
+        self._memory = bytearray()
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor of unknown content; it ends the use of the one before."""
+        size = math.prod(shape) * dtype.itemsize
+        if size > len(self._memory):
+            self._memory = bytearray()
+            self._memory = bytearray(size)
+        if not size:
+            return torch.empty(shape, dtype=dtype)
+        # Its storage has just its size: torch's writer copies a tensor that is a part of something larger.
+        return torch.frombuffer(memoryview(self._memory)[:size], dtype=dtype).view(shape)
 
 
 class CTranslate2Encoder:
@@ -50,5 +78,5 @@ class CTranslate2Encoder:
         self.files = [file]
         self.tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self._state.items()}
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._state[name]
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        return placed(self._state[name], into)

@@ -6,12 +6,13 @@ prepare(data_dir, out_dir)  ->  out_dir/{train,validation,test}.jsonl, text_*.js
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from step_megatron.audio.index import ValidationReport, validate
 from step_megatron.data.folders import finish_partial, start_partial
 from step_megatron.data.recipes.build import build
+from step_megatron.data.recipes.transcripts import build_transcripts
 from step_megatron.data.schema import read_conversations
 from step_megatron.data.template import encoded_texts
 from step_megatron.data.tokenizer import build_compact, compact_limit
@@ -51,6 +52,21 @@ def prepare(
         # Half a folder would be read as the whole Qwen vocabulary.
         build_compact(texts, qwen, start_partial(tokenizer), vocabulary)
         finish_partial(tokenizer)
+    validate_conversations(sorted(out_dir.glob("*.jsonl")), out_dir)
+    return summary
+
+
+def prepare_transcripts(data_dir: Path, out_dir: Path, languages: Sequence[str], seed: int) -> dict:
+    """The data set of `recipes.transcripts` and its index, for a model that has a tokenizer of its own.
+
+    Returns:
+        The summary of `build_transcripts`.
+
+    Raises:
+        FileNotFoundError: a language was not fetched.
+        QuarantineLimitExceeded: too many clips cannot be used.
+    """
+    summary = build_transcripts(data_dir, out_dir, languages, seed=seed)
     validate_conversations(sorted(out_dir.glob("*.jsonl")), out_dir)
     return summary
 

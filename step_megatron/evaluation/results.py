@@ -1,7 +1,7 @@
 """From predictions to `results.json`: pure functions, so results can be made again from `predictions.jsonl` without the model.
 
     {"tasks": {NAME: {"accuracy", "majority", "other_clip", "probe", "n", ...}},
-     "transcription": {"cer", "wer", "n", ...},
+     "transcription": {"cer", "wer", "n", ..., "languages": {LL: {"cer", ...}}, "whisper": {"cer", ...} or null},
      "text_only": {"accuracy", "majority", "n", ..., "tasks": {NAME: {...}}},
      "seconds": {STAGE: s}}
 
@@ -32,6 +32,7 @@ class Prediction:
         other_clip: addresses heard in the control, None where there is no control.
         other_clip_reply: reply to the same question about those clips; None if not asked or failed.
         probe: the linear probe's answer, None where there is no probe.
+        language: what is spoken, two letters; None where the data does not say.
     """
 
     id: str
@@ -45,19 +46,24 @@ class Prediction:
     other_clip: tuple[str, ...] | None = None
     other_clip_reply: str | None = None
     probe: str | None = None
+    language: str | None = None
 
     def row(self) -> dict:
         return asdict(self)
 
 
 def build_results(
-    predictions: Sequence[Prediction], train_answers: Mapping[str, Sequence[str]], seconds: Mapping[str, float]
+    predictions: Sequence[Prediction],
+    train_answers: Mapping[str, Sequence[str]],
+    seconds: Mapping[str, float],
+    whisper: Mapping | None = None,
 ) -> dict:
     """Score predictions and put them in the form of `results.json`.
 
     Args:
         train_answers: answers of the train split by task: they give the majority class and the label sets.
         seconds: wall-clock seconds by stage.
+        whisper: rates of Whisper on the same clips (`evaluation.whisper`), None where it was not asked.
     """
     groups: dict[str, list[Prediction]] = {}
     for prediction in predictions:
@@ -68,7 +74,7 @@ def build_results(
     transcripts = [p for members in by_kind[TRANSCRIPTION].values() for p in members]
     return {
         "tasks": {task: _classification(members, train_answers) for task, members in by_kind["classification"].items()},
-        "transcription": _transcription(transcripts),
+        "transcription": {**_transcription(transcripts), "whisper": whisper},
         "text_only": _text_only(by_kind["text_only"], train_answers),
         "seconds": {stage: round(float(s), 2) for stage, s in seconds.items()},
     }
@@ -122,8 +128,22 @@ def _classification(members: Sequence[Prediction], train_answers: Mapping[str, S
 def _transcription(members: Sequence[Prediction]) -> dict:
     controlled = [p for p in members if p.other_clip is not None]
     other = score_transcripts([p.answer for p in controlled], [p.other_clip_reply for p in controlled])
-    scores = score_transcripts([p.answer for p in members], [p.reply for p in members])
+    scores = transcription_rates([p.answer for p in members], [p.reply for p in members], [p.language for p in members])
     return {**scores, "other_clip_cer": other["cer"], "other_clip_wer": other["wer"]}
+
+
+def transcription_rates(references: Sequence[str], replies: Sequence[str | None], languages: Sequence[str | None]) -> dict:
+    """`score_transcripts` of all, and under `languages` of each language that is known."""
+    by_language = {
+        language: [i for i, other in enumerate(languages) if other == language] for language in sorted(set(languages) - {None})
+    }
+    return {
+        **score_transcripts(references, replies),
+        "languages": {
+            language: score_transcripts([references[i] for i in own], [replies[i] for i in own])
+            for language, own in by_language.items()
+        },
+    }
 
 
 def _text_only(groups: Mapping[str, Sequence[Prediction]], train_answers: Mapping[str, Sequence[str]]) -> dict:

@@ -70,7 +70,7 @@ class Listener(Protocol):
         """Generated text of the next assistant turn, from inside `<think>` on; None where a clip could not be read."""
 
 
-def evaluate(run_dir: Path, data_dir: Path, out: Path, limits: Limits | None = None) -> dict:
+def evaluate(run_dir: Path, data_dir: Path, out: Path, limits: Limits | None = None, whisper: Path | None = None) -> dict:
     """Evaluate the newest checkpoint of a run on a data directory; print conversations and, last, one line of results.
 
     Args:
@@ -78,6 +78,7 @@ def evaluate(run_dir: Path, data_dir: Path, out: Path, limits: Limits | None = N
         data_dir: holds `train.jsonl` and `test.jsonl` and the clips that they name, and `text_train.jsonl` and
             `text_test.jsonl` where there is text-only data.
         out: `results.json` to write; `predictions.jsonl` goes beside it. Both are written whole or not at all.
+        whisper: folder of a Whisper model that transcribes the same clips, for comparison; needs transformers.
 
     Returns:
         What `results.json` holds; see `results.py`.
@@ -89,8 +90,13 @@ def evaluate(run_dir: Path, data_dir: Path, out: Path, limits: Limits | None = N
     with loaded_run(run_dir, data_dir) as listener:
         test, train = read_items(data_dir), read_labels(data_dir)
         predictions = predict(listener, test, train, limits)
+    peer = None
+    if whisper is not None:
+        from step_megatron.evaluation.whisper import whisper_rates
+
+        peer = whisper_rates(whisper, test, data_dir)
     seconds = {**stage_seconds(run_dir), "evaluate": time.perf_counter() - started}
-    results = build_results(predictions, answers_by_task(train), seconds)
+    results = build_results(predictions, answers_by_task(train), seconds, peer)
     write_jsonl(out.with_name("predictions.jsonl"), (prediction.row() for prediction in predictions))
     write_json(out, results)
     print_samples(predictions, limits)
@@ -124,6 +130,7 @@ def predict(listener: Listener, test: Sequence[Item], train: Sequence[Labelled],
                     answer=item.answer,
                     reference_reasoning=item.reasoning,
                     audio=item.audio,
+                    language=item.language,
                     reply=replies[task, i, "own"],
                     other_clip=other,
                     other_clip_reply=replies.get((task, i, "other")),

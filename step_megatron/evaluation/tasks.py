@@ -33,6 +33,7 @@ class Item:
         conversation: up to the question: the last assistant turn, which holds the answer, is off.
         reasoning: the reference's reasoning, or None.
         audio: addresses of the clips in the conversation, in order.
+        language: `meta.language`, two letters, or None.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Item:
     conversation: Conversation
     reasoning: str | None
     audio: tuple[str, ...]
+    language: str | None = None
 
     @property
     def question(self) -> str:
@@ -85,6 +87,7 @@ def to_item(conversation: Conversation, origin: str) -> Item:
         conversation=question,
         reasoning=conversation.turns[-1].reasoning,
         audio=question.audio_addresses(),
+        language=conversation.meta.get("language"),
     )
 
 

@@ -33,23 +33,27 @@ class Entry:
         first = self.theirs[0][1]
         return first if len(self.theirs) == 1 else (sum(shape[0] for _, shape in self.theirs), *first[1:])
 
-    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Our tensor from theirs, which have the entry's shapes."""
-        if len(parts) == 1:
-            return parts[0]
-        if self.groups is None:
-            return torch.cat(list(parts))
-        return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], dim=1).flatten(0, 1)
-
-    def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Their tensors from ours; the inverse of `join`."""
+    def views(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The places of their tensors in ours; with groups they are `[groups, rows / groups, ...]`."""
         if len(self.theirs) == 1:
             return (tensor,)
         rows = [shape[0] for _, shape in self.theirs]
         if self.groups is None:
             return tensor.split(rows)
-        parts = tensor.unflatten(0, (self.groups, -1)).split([count // self.groups for count in rows], dim=1)
-        return tuple(part.flatten(0, 1) for part in parts)
+        return tensor.unflatten(0, (self.groups, -1)).split([count // self.groups for count in rows], dim=1)
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Our tensor from theirs, which have the entry's shapes; theirs itself where it is one."""
+        if len(parts) == 1:
+            return parts[0]
+        joined = parts[0].new_empty(self.shape)
+        for view, part in zip(self.views(joined), parts, strict=True):
+            view.copy_(part.view(view.shape))
+        return joined
+
+    def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Their tensors from ours; the inverse of `join`."""
+        return tuple(view.reshape(shape) for view, (_, shape) in zip(self.views(tensor), self.theirs, strict=True))
 
     def renamed(self, ours: Callable[[str], str], theirs: Callable[[str], str]) -> "Entry":
         """The same entry under other names."""

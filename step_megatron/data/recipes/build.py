@@ -16,8 +16,10 @@ import random
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import soundfile
 
@@ -76,14 +78,39 @@ def build(
         SplitError: the splits share a text, a clip, a syllable, a voice or a template.
     """
     data_dir, out_dir = Path(data_dir), Path(out_dir)
-    made_of = {
-        "max_audio_seconds": max_audio_seconds,
-        "seed": seed,
-        "clips": clips,
-        "difficulty": difficulty,
-        "recipe": _recipe_digest(),
-        "sources": _fetched(data_dir),
-    }
+    arguments = {"max_audio_seconds": max_audio_seconds, "seed": seed, "clips": clips, "difficulty": difficulty}
+
+    def fill(partial: Path) -> dict:
+        chosen = _select(data_dir, partial, max_audio_seconds, seed, clips)
+        if not chosen:
+            raise FileNotFoundError(f"{data_dir} holds no fetched source; run `step-megatron data fetch` first")
+        spoken = _conversations(chosen, partial, seed)
+        written = list(reasoning.conversations(TEXT_ITEMS, difficulty, seed))
+        for split in SPLITS:
+            write_conversations(partial / f"{split}.jsonl", [c for c in spoken if c.meta["split"] == split])
+            write_conversations(partial / f"text_{split}.jsonl", [c for c in written if c.meta["split"] == split])
+        corpora = {clip.corpus for clip in chosen}
+        # Sound events come from Tux Paint and LMMS.
+        copy_licences(data_dir, partial, corpora | ({"tuxpaint", "lmms"} if "sounds" in corpora else set()))
+        check_splits(partial)
+        return _summary(chosen, spoken, written)
+
+    return made_once(out_dir, data_dir, arguments, fill)
+
+
+def made_once(out_dir: Path, data_dir: Path, arguments: dict[str, Any], fill: Callable[[Path], dict]) -> dict:
+    """Fill a data set's folder, unless it was filled with the same arguments, by the same recipes, from the same sources.
+
+    Args:
+        fill: writes into the folder that it is given, and returns a summary.
+
+    Returns:
+        The summary, and under `made_of` what it depends on, as `SUMMARY.json` holds them.
+
+    Raises:
+        FileExistsError: `out_dir` holds something that no build made.
+    """
+    made_of = {**arguments, "recipe": _recipe_digest(), "sources": _fetched(data_dir)}
     remove_leftovers(out_dir)
     summary_file = out_dir / SUMMARY_NAME
     if summary_file.exists() and (old := json.loads(summary_file.read_text(encoding="utf-8"))).get("made_of") == made_of:
@@ -92,17 +119,7 @@ def build(
     if out_dir.exists() and not summary_file.exists() and any(out_dir.iterdir()):
         raise FileExistsError(f"{out_dir} exists and was not made by build; move it away or choose another directory")
     partial = start_partial(out_dir)
-    chosen = _select(data_dir, partial, max_audio_seconds, seed, clips)
-    if not chosen:
-        raise FileNotFoundError(f"{data_dir} holds no fetched source; run `step-megatron data fetch` first")
-    spoken = _conversations(chosen, partial, seed)
-    written = list(reasoning.conversations(TEXT_ITEMS, difficulty, seed))
-    for split in SPLITS:
-        write_conversations(partial / f"{split}.jsonl", [c for c in spoken if c.meta["split"] == split])
-        write_conversations(partial / f"text_{split}.jsonl", [c for c in written if c.meta["split"] == split])
-    _copy_licences(data_dir, partial, {clip.corpus for clip in chosen})
-    check_splits(partial)
-    summary = {"made_of": made_of, **_summary(chosen, spoken, written)}
+    summary = {"made_of": made_of, **fill(partial)}
     (partial / SUMMARY_NAME).write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
     finish_partial(out_dir)
     return summary
@@ -200,12 +217,11 @@ def _gender_items(chosen: list[Clip]) -> set[str]:
     return {*ids["male"][:each], *ids["female"][:each]}
 
 
-def _copy_licences(data_dir: Path, partial: Path, corpora: set[str]) -> None:
-    """Collect the licence texts of the sources that were used; sound events come from Tux Paint and LMMS."""
-    used = {*corpora, *(("tuxpaint", "lmms") if "sounds" in corpora else ()), *(("espeak-ng",) if "espeak" in corpora else ())}
+def copy_licences(data_dir: Path, partial: Path, names: set[str]) -> None:
+    """Collect the licence texts of the sources whose folders' names begin with one of `names`."""
     (partial / "LICENCES").mkdir()
     for folder in [*sorted((data_dir / "sources").glob("*")), data_dir / "espeak-ng"]:
-        if any(folder.name.startswith(name) for name in used):
+        if any(folder.name.startswith(name) for name in names):
             for file in sorted((folder / "LICENCES").glob("*")):
                 shutil.copyfile(file, partial / "LICENCES" / file.name)
 
