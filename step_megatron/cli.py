@@ -14,8 +14,17 @@ from pathlib import Path
 
 from step_megatron.errors import UserError
 
-# Modules of `step_megatron.benchmarks`.
-BENCHED_PARTS = ("front-end", "encoder", "train-step", "generate", "shares")
+# What is benched -> its module in `step_megatron.benchmarks`.
+BENCHED_PARTS = {
+    "front-end": "front_end",
+    "encoder": "encoder",
+    "train-step": "train_step",
+    "generate": "generate",
+    "shares": "shares",
+    "import": "import_speed",
+}
+# Those that have no peer in transformers.
+_WITHOUT_PEER = ("shares", "import")
 # Layouts that `convert export` writes.
 EXPORTED = ("step-audio", "qwen2-audio", "qwen2", "llama")
 # The ops of `step_kernels.bench.OPS`, which is not imported for a list of commands: it brings torch.
@@ -30,6 +39,8 @@ BENCHED_OPS = (
     "paged-attention",
     "linear-cross-entropy",
 )
+# Options of `bench` that only some have.
+_OPTIONS = {"choose": BENCHED_OPS, "device": BENCHED_OPS, "out": (*BENCHED_OPS, "import"), "gigabytes": ("import",)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -189,8 +200,9 @@ def _add_bench(commands) -> None:
     parser.add_argument("--data", type=Path, default=_default_data())
     parser.add_argument("--repeats", type=int, help="rounds (default: 5, of an op 15)")
     parser.add_argument("--clips", type=int, help="clips in the sample")
+    parser.add_argument("--gigabytes", type=float, help="of import: size of the checkpoint (default: 1.2)")
     parser.add_argument("--preset", default="tiny", help="of shares: the model whose step is divided over its parts")
-    parser.add_argument("--out", type=Path, help="folder of an op's CSV and plot (default: runs/bench)")
+    parser.add_argument("--out", type=Path, help="folder of an op's CSV and plot, or to import into (default: runs/bench)")
     parser.add_argument("--device", help="of an op (default: cuda where there is one, else cpu)")
     parser.add_argument("--choose", action="store_true", help="of attention: use the fastest backend on this device from now on")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
@@ -315,9 +327,9 @@ def _bench(options) -> int | None:
         return run(options.arch or ARCHITECTURES[:1], options.json)
     if options.name is None:
         raise UserError("bench: say what to time (see --help), or --inspect")
-    of_ops = [name for name in ("choose", "device", "out") if getattr(options, name)]
-    if of_ops and options.name in BENCHED_PARTS:
-        raise UserError(f"bench {options.name}: a part has no --{of_ops[0]}; that is of ops: {', '.join(BENCHED_OPS)}")
+    for option, names in _OPTIONS.items():
+        if getattr(options, option) and options.name not in names:
+            raise UserError(f"bench {options.name}: has no --{option}; that is of {', '.join(names)}")
     if options.choose:
         from step_kernels.bench import choose
 
@@ -328,14 +340,14 @@ def _bench(options) -> int | None:
         from step_kernels.bench import run
 
         result = run(options.name, options.repeats or 15, options.out or Path("runs/bench"), options.device)
-    elif options.name != "shares" and importlib.util.find_spec("transformers") is None:
+    elif options.name not in _WITHOUT_PEER and importlib.util.find_spec("transformers") is None:
         raise ImportError(
             f"bench {options.name} compares with transformers, which is not installed; run: pip install 'step-megatron[dev]' "
             "(in a checkout: pip install -e '.[dev]')"
         )
     else:
         options.repeats = options.repeats or 5
-        result = importlib.import_module(f"step_megatron.benchmarks.{options.name.replace('-', '_')}").run(options)
+        result = importlib.import_module(f"step_megatron.benchmarks.{BENCHED_PARTS[options.name]}").run(options)
     if options.json:
         print(json.dumps(result))
 

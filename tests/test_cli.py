@@ -116,9 +116,9 @@ def test_bench_without_its_peer_says_what_to_install(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("encoder", "--choose"), "bench encoder: a part has no --choose; that is of ops: pool-norm-downsample"),
-        (("encoder", "--device", "cpu"), "bench encoder: a part has no --device"),
-        (("shares", "--out", "x"), "bench shares: a part has no --out"),
+        (("encoder", "--choose"), "bench encoder: has no --choose; that is of pool-norm-downsample"),
+        (("encoder", "--device", "cpu"), "bench encoder: has no --device"),
+        (("shares", "--out", "x"), "bench shares: has no --out"),
         (("audio-attention", "--choose", "--out", "x"), "STEP_KERNELS_CHOICES names another, not --out"),
     ],
 )

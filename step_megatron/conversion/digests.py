@@ -64,9 +64,7 @@ def checked(file: Path, known: Digest | None) -> str:
         return digest
     found = digest if len(known.hexadecimal) == 64 else _git_digest(file)
     if found != known.hexadecimal:
-        raise ConversionError(
-            f"{file}: its digest is {found}, {known.said_by} says {known.hexadecimal}: damaged, or another version; fetch it again"
-        )
+        raise ConversionError(f"{file}: its digest is {found}, {known.said_by} says {known.hexadecimal}: fetch it again")
     return digest
 
 

@@ -149,7 +149,7 @@ def import_model(
         `layouts`, `tensors` and `bytes` as they are here, `drawn` parameters, `added` specials, `tokenizer` and `template`.
 
     Raises:
-        ConversionError, SafetensorsError, TokenizerError: what does not fit (all tensors that do not are named in one message), or a
+        ConversionError, SafetensorsError, TokenizerError: what does not fit (all such tensors are named in one message), or a
             file that is not what its known digest says.
         FileExistsError: `out` is there already.
     """
