@@ -41,6 +41,7 @@ def build_transcripts(
 
     Raises:
         FileNotFoundError: a language was not fetched.
+        ValueError: no clip is as long as that.
     """
     arguments = {"languages": list(languages), "seconds": list(seconds), "seed": seed}
 
@@ -51,6 +52,8 @@ def build_transcripts(
                 f"{data_dir} has no prompts in {', '.join(sorted(absent))}; run `step-megatron data fetch --group asterisk`"
             )
         chosen = [clip for clip in found if seconds[0] <= clip.seconds <= seconds[1]]
+        if not chosen:
+            raise ValueError(f"no prompt is {seconds[0]} to {seconds[1]} s long; choose other bounds")
         return _write(chosen, data_dir, partial)
 
     return made_once(out_dir, data_dir, arguments, fill)
