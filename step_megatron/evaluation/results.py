@@ -169,7 +169,9 @@ def result_line(results: Mapping) -> str:
         for task, r in results["tasks"].items()
     ]
     spoken, text = results["transcription"], results["text_only"]
-    parts.append(f"transcription cer {share(spoken['cer'])} wer {share(spoken['wer'])} (n {spoken['n']})")
+    rates = [("transcription", spoken), *spoken["languages"].items()]
+    rates += [(spoken["whisper"]["name"], spoken["whisper"])] if spoken["whisper"] else []
+    parts += [f"{name} cer {share(each['cer'])} wer {share(each['wer'])} (n {each['n']})" for name, each in rates]
     parts.append(f"text-only {share(text['accuracy'])} (n {text['n']})")
     if results["seconds"]:
         parts.append("seconds " + " ".join(f"{stage} {s:.0f}" for stage, s in results["seconds"].items()))

@@ -72,6 +72,22 @@ def test_nothing_measured_is_null_not_zero():
     assert "language - (majority -, other clip -, probe -, n 0)" in result_line(results)
 
 
+def test_transcripts_are_scored_by_language_beside_whisper():
+    """By hand: a word of two is wrong in English, none of three in French; what names no language is in the whole alone."""
+    members = [
+        prediction("1", "press one", "</think>press two", "transcription", language="en"),
+        prediction("2", "au revoir monsieur", "</think>Au revoir, Monsieur.", "transcription", language="fr"),
+        prediction("3", "ciao", "</think>addio", "transcription"),
+    ]
+    whisper = {"name": "whisper-base", "cer": 0.0, "wer": 0.0, "n": 2, "languages": {}}
+    results = build_results(members, {}, {}, whisper)
+    spoken = results["transcription"]
+    assert {name: (rates["wer"], rates["n"]) for name, rates in spoken["languages"].items()} == {"en": (0.5, 1), "fr": (0.0, 1)}
+    assert (spoken["wer"], spoken["n"], spoken["whisper"]) == (2 / 6, 3, whisper)
+    line = result_line(results)
+    assert "transcription cer 0.23 wer 0.33 (n 3); en cer" in line and "whisper-base cer 0.00 wer 0.00 (n 2)" in line
+
+
 def test_other_corpus_takes_the_train_labels_of_its_task():
     members = [prediction(str(i), "fr", "</think>fr", task="language_other_corpus") for i in range(2)]
     task = build_results(members, {"language": ["fr", "it", "fr"]}, {})["tasks"]["language_other_corpus"]

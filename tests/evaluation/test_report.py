@@ -112,6 +112,22 @@ def test_report_holds_results_and_escapes_what_others_wrote(run):
     assert page.tags.count("audio") == 12
 
 
+def test_whisper_stands_beside_the_model_in_every_language(run):
+    folder, data, _ = run
+    results = json.loads((folder / "results.json").read_text())
+    rates = {"n": 7, "failed": 0, "unparsable": 0}
+    results["transcription"] |= {
+        "languages": {"en": {"cer": 0.31, "wer": 0.52, **rates}, "fr": {"cer": 0.83, "wer": 0.94, **rates}},
+        "whisper": {"name": "whisper-base", "cer": 0.05, "wer": 0.11, **rates, "languages": {"en": {"cer": 0.04, "wer": 0.07}}},
+    }
+    write_json(folder / "results.json", results)
+    write_report(folder, data, folder / "report.html")
+    text = " ".join(Page((folder / "report.html").read_text()).text.split())
+    order = ("all, whisper-base 0.05 0.11", "en 0.31 0.52", "en, whisper-base 0.04 0.07", "fr 0.83 0.94")
+    places = [text.index(row) for row in order]
+    assert places == sorted(places)
+
+
 def test_confounds_of_the_open_recordings_are_said_of_them_only(run):
     folder, data, _ = run
     (data / "SUMMARY.json").unlink()
