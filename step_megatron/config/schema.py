@@ -235,11 +235,30 @@ class JudgeConfig:
 
 
 @dataclass
+class RewardConfig:
+    """One kind of reward in the mixture; `rl/rewards.py` says what each is."""
+
+    kind: Literal["preference", "rubric", "verifiable", "reasoning_present", "length"] = "preference"
+    weight: float = 1.0
+    # By the running mean and deviation of this kind.
+    normalise: bool = False
+    # Only samples that are also of one of these kinds; empty for all.
+    only_with: list[Literal["preference", "rubric", "verifiable"]] = field(default_factory=list)
+    # `length`: nothing is taken off from min to max, and -1 beyond another slack.
+    min_tokens: int = 0
+    max_tokens: int = 1024
+    slack_tokens: int = 256
+
+
+@dataclass
 class RLConfig:
     """Reinforcement learning from judgments (3.3 of the report)."""
 
     ppo: PPOConfig = field(default_factory=PPOConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    rewards: list[RewardConfig] = field(
+        default_factory=lambda: [RewardConfig("preference", normalise=True), RewardConfig("rubric", normalise=True)]
+    )
 
 
 @dataclass
