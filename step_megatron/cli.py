@@ -1,4 +1,4 @@
-"""The command line: `step-megatron doctor | data | train | eval | report | chat | convert | bench`.
+"""The command line: `step-megatron doctor | data | train | judge | eval | report | chat | convert | bench`.
 
 Every command imports what it needs when it runs, so that `--help` and `doctor` work on a machine where the rest does not.
 An error that a user can mend (a bad path, a bad setting, bad data) prints its message and exits with 2; anything else is a defect
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 from step_megatron.errors import UserError
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_data(commands)
     _add_train(commands)
+    _add_judge(commands)
     _add_eval(commands)
     _add_chat(commands)
     _add_convert(commands)
@@ -132,6 +134,11 @@ def _add_data(commands) -> None:
     parser.add_argument("--instruction", default="Write down what is said.", help="what the human asks of each clip")
     parser.add_argument("--source", help="name of the source (default: the manifest's)")
     parser.add_argument("--tars", default="", help="pattern of a tarred manifest's tars: audio_{shard}.tar or NeMo's")
+    text = "turn preference records into conversations that a reward model is trained on"
+    parser = _command(data, "from-preferences", _data_from_preferences, text)
+    parser.add_argument("--preferences", type=Path, required=True, metavar="PREFERENCES.jsonl")
+    parser.add_argument("--out", type=Path, required=True, metavar="CONVERSATIONS.jsonl")
+    _with_config(parser)
     parser = _command(data, "inspect", _data_inspect, "counts, durations and tokens by source, task and split")
     parser.add_argument("paths", nargs="+", type=Path, metavar="CONVERSATIONS.jsonl")
     parser.add_argument("--json", action="store_true")
@@ -152,6 +159,25 @@ def _add_train(commands) -> None:
     train = commands.add_parser("train", help="train a stage").add_subparsers(required=True)
     parser = _command(train, "midtrain", _train_midtrain, "audio-centric mid-training; under torchrun for several processes")
     _with_config(parser)
+    parser = _command(train, "reward", _train_reward, "the generative reward model, on what `data from-preferences` wrote")
+    _with_config(parser)
+
+
+def _add_judge(commands) -> None:
+    judge = commands.add_parser("judge", help="compare replies, and measure who compares").add_subparsers(required=True)
+    text = "ask a reward model's run, or the server of rl.judge.server, about every record of a file"
+    parser = _command(judge, "ask", _judge_ask, text)
+    parser.add_argument("--preferences", type=Path, required=True, metavar="PREFERENCES.jsonl")
+    parser.add_argument("--out", type=Path, required=True, metavar="JUDGMENTS.jsonl")
+    parser.add_argument("--run", type=Path, help="run of a reward model (default: ask the server)")
+    parser.add_argument("--listen", action="store_true", help="send the clips along to the server")
+    _with_config(parser)
+    text = "judgments beside known verdicts: accuracy, disagreement of orders, confusion, a length-only baseline"
+    parser = _command(judge, "calibrate", _judge_calibrate, text)
+    parser.add_argument("preferences", type=Path, metavar="PREFERENCES.jsonl")
+    parser.add_argument("judgments", type=Path, metavar="JUDGMENTS.jsonl")
+    parser.add_argument("--levels", type=int, default=7, help="of the scale (rl.judge.levels)")
+    parser.add_argument("--json", action="store_true")
 
 
 def _add_eval(commands) -> None:
@@ -217,9 +243,11 @@ def _data_fetch(options) -> None:
 
 def _data_build(options) -> None:
     from step_megatron.data.prepare import prepare
+    from step_megatron.rl.preference_data import open_speech_judgments
 
     out = options.out or options.data / "open-speech"
-    summary = prepare(options.data, out, options.max_audio_seconds, options.vocabulary, options.seed, options.clips)
+    more = partial(open_speech_judgments, seed=options.seed)
+    summary = prepare(options.data, out, options.max_audio_seconds, options.vocabulary, options.seed, options.clips, more)
     print(f"{out}: {summary['audio_seconds']:.0f} audio-seconds, clips {summary['clips']}")
 
 
@@ -237,6 +265,13 @@ def _data_from_manifest(options) -> None:
     source = options.source or options.manifest.stem
     count = convert_manifest(options.manifest, options.out, options.instruction, source, options.tars)
     print(f"{options.out}: {count} conversations")
+
+
+def _data_from_preferences(options) -> None:
+    from step_megatron.rl.preference_data import convert_preferences
+
+    count, left = convert_preferences(options.preferences, options.out, _config(options).rl.judge)
+    print(f"{options.out}: {count} conversations" + (f"; {left} records without a verdict are left out" if left else ""))
 
 
 def _data_inspect(options) -> None:
@@ -274,11 +309,39 @@ def _data_encode(options) -> None:
 def _train_midtrain(options) -> int:
     from step_megatron.training.midtrain import midtrain
 
-    summary = midtrain(_config(options))
+    return _trained(midtrain(_config(options)))
+
+
+def _train_reward(options) -> int:
+    from step_megatron.training.reward import train_reward
+
+    return _trained(train_reward(_config(options)))
+
+
+def _trained(summary: dict) -> int:
+    """Print what a stage returns; its exit status."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(summary))
     # A run that a signal ended is not done: the caller must not go on to evaluate it.
     return 130 if summary["interrupted"] else 0
+
+
+def _judge_ask(options) -> None:
+    from step_megatron.rl.judge.asking import ask
+
+    counts = ask(options.preferences, options.out, _config(options), options.run, options.listen)
+    print(f"{options.out}: {json.dumps(counts)}")
+
+
+def _judge_calibrate(options) -> None:
+    from step_megatron.data.preferences import read_preferences
+    from step_megatron.rl.calibration import calibrate, report
+    from step_megatron.rl.judge.records import read_judgments
+    from step_megatron.rl.judge.scale import Scale
+
+    preferences = read_preferences(options.preferences)
+    found = calibrate(preferences, read_judgments(options.judgments, preferences), Scale(options.levels))
+    print(json.dumps(found) if options.json else report(found))
 
 
 def _eval(options) -> None:

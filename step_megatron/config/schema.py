@@ -209,8 +209,6 @@ class JudgeServerConfig:
     retries: int = 5
     backoff_seconds: float = 1.0
     max_backoff_seconds: float = 60.0
-    temperature: float = 0.6
-    max_tokens: int = 2048
     # Folder of answers already had; empty keeps none.
     cache_dir: str = ""
 
@@ -231,6 +229,10 @@ class JudgeConfig:
     instructions: Literal["full", "brief"] = "full"
     # Of each quoted text; the middle of a longer one is left out.
     max_characters: int = 20000
+    # Of the judge's sampling; at 0 an answer without a verdict would come again.
+    temperature: float = 0.6
+    # Of the judge's reasoning and verdict.
+    max_tokens: int = 2048
     server: JudgeServerConfig = field(default_factory=JudgeServerConfig)
 
 

@@ -6,14 +6,15 @@ prepare(data_dir, out_dir)  ->  out_dir/{train,validation,test}.jsonl, text_*.js
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from step_megatron.audio.index import ValidationReport, validate
 from step_megatron.data.folders import finish_partial, start_partial
 from step_megatron.data.recipes.build import build
 from step_megatron.data.recipes.transcripts import build_transcripts
-from step_megatron.data.schema import read_conversations
+from step_megatron.data.schema import Conversation, read_conversations
 from step_megatron.data.template import encoded_texts
 from step_megatron.data.tokenizer import build_compact, compact_limit
 
@@ -21,7 +22,13 @@ _TRAINED = ("train.jsonl", "text_train.jsonl")
 
 
 def prepare(
-    data_dir: Path, out_dir: Path, max_audio_seconds: float, vocabulary: int, seed: int, clips: int | None = None
+    data_dir: Path,
+    out_dir: Path,
+    max_audio_seconds: float,
+    vocabulary: int,
+    seed: int,
+    clips: int | None = None,
+    more: Callable[[Path], Iterable[Conversation]] = lambda out_dir: (),
 ) -> dict:
     """Build the open-speech data set, its vocabulary and its index; what is already there and unchanged is kept.
 
@@ -32,6 +39,8 @@ def prepare(
         vocabulary: most token ids; another number than last time makes the vocabulary anew. Only the train split decides which:
             another split's rare words are spelled in bytes.
         seed, clips: see `recipes.build`.
+        more: called with `out_dir` once the conversations are there: makes what later stages train on beside them, and returns
+            those conversations, whose text the vocabulary has to hold as well.
 
     Returns:
         The summary of `recipes.build`.
@@ -44,11 +53,12 @@ def prepare(
     if not qwen.is_file():
         raise FileNotFoundError(f"{qwen} is missing; run `step-megatron data fetch` first")
     summary = build(data_dir, out_dir, max_audio_seconds, seed, clips)
+    later = more(out_dir)
     tokenizer = out_dir / "tokenizer"
     if compact_limit(tokenizer) != vocabulary:
         print(f"build: making a vocabulary of at most {vocabulary} ids", file=sys.stderr)
         trained = [conversation for name in _TRAINED for conversation in read_conversations(out_dir / name)]
-        texts = (text for conversation in trained for text in encoded_texts(conversation))
+        texts = (text for conversation in chain(trained, later) for text in encoded_texts(conversation))
         # Half a folder would be read as the whole Qwen vocabulary.
         build_compact(texts, qwen, start_partial(tokenizer), vocabulary)
         finish_partial(tokenizer)

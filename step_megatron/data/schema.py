@@ -14,15 +14,16 @@ One line of a JSONL file is one conversation:
 - Roles: system, human, assistant, function_output, tool_json_schemas.
 - `content` is a string or a list of items, `{"type": "text", "text": ...}` or `{"type": "audio", "audio": ADDRESS}`. An address
   is `clip.wav`, `shard.tar::member.wav` or `shard.bin@OFFSET+SIZE`, relative to the JSONL's directory.
-- Assistant turns hold text only. They may have `reasoning` (a string), and `"train": false` for a reply that is context only.
+- Assistant turns hold text only. They may have `reasoning` (a string), `"train": false` for a reply that is context only, and
+  `"train": "content"` for one whose reasoning (or lack of it) is not to be learnt: the loss covers its content alone.
 - An unknown key is an error, so that a misspelt one cannot be lost. Numbers must be JSON numbers: NaN is refused.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class Turn:
     role: str
     content: tuple[Text | Audio, ...]
     reasoning: str | None = None
-    train: bool = True
+    train: bool | Literal["content"] = True
 
     @property
     def text(self) -> str:
@@ -133,14 +134,23 @@ def write_conversations(path: str | Path, conversations: Iterable[Conversation])
     Raises:
         SchemaError: a conversation is not valid; nothing is written.
     """
+    return write_lines(path, map(to_record, conversations), parse_line)
+
+
+def write_lines(path: str | Path, records: Iterable[dict[str, Any]], parse: Callable[[str, str], Any]) -> int:
+    """Write JSON objects a line each, atomically, and return how many; `parse(line, where)` refuses what a reader would.
+
+    Raises:
+        SchemaError: from `parse`; nothing is written.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     count = 0
     try:
         with partial.open("w", encoding="utf-8") as file:
-            for count, conversation in enumerate(conversations, 1):
-                line = json.dumps(to_record(conversation), ensure_ascii=False)
-                parse_line(line, f"{path}:{count}")
+            for count, record in enumerate(records, 1):
+                line = json.dumps(record, ensure_ascii=False)
+                parse(line, f"{path}:{count}")
                 file.write(line + "\n")
         partial.replace(path)
     finally:
@@ -150,8 +160,14 @@ def write_conversations(path: str | Path, conversations: Iterable[Conversation])
 
 def to_record(conversation: Conversation) -> dict[str, Any]:
     """The JSON object of one line; text-only content becomes a plain string where that loses nothing."""
-    turns = []
-    for turn in conversation.turns:
+    turns = turn_records(conversation.turns)
+    return {"id": conversation.id, "source": conversation.source, "meta": conversation.meta, "turns": turns}
+
+
+def turn_records(turns: Iterable[Turn]) -> list[dict[str, Any]]:
+    """The JSON list of turns."""
+    records = []
+    for turn in turns:
         record: dict[str, Any] = {"role": turn.role}
         if turn.reasoning is not None:
             record["reasoning"] = turn.reasoning
@@ -162,10 +178,10 @@ def to_record(conversation: Conversation) -> dict[str, Any]:
                 {"type": "text", "text": item.text} if isinstance(item, Text) else {"type": "audio", "audio": item.address}
                 for item in turn.content
             ]
-        if not turn.train:
-            record["train"] = False
-        turns.append(record)
-    return {"id": conversation.id, "source": conversation.source, "meta": conversation.meta, "turns": turns}
+        if turn.train is not True:
+            record["train"] = turn.train
+        records.append(record)
+    return records
 
 
 def parse_line(line: str | bytes, where: str) -> Conversation:
@@ -174,18 +190,26 @@ def parse_line(line: str | bytes, where: str) -> Conversation:
     Raises:
         SchemaError: names the place, the field, and what to write instead.
     """
+    return Checker(where).conversation(parse_json(line, where))
+
+
+def parse_json(line: str | bytes, where: str) -> Any:
+    """The JSON value of a line; NaN and infinities are refused.
+
+    Raises:
+        SchemaError: it is none.
+    """
 
     def refuse_constant(name: str) -> None:
         raise SchemaError(f"{where}: {name} is not JSON; write a number or null")
 
     try:
-        record = json.loads(line, parse_constant=refuse_constant)
+        return json.loads(line, parse_constant=refuse_constant)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SchemaError(f"{where}: not a JSON object in UTF-8 ({error}); write one conversation a line") from error
-    return _Checker(where).conversation(record)
+        raise SchemaError(f"{where}: not a JSON object in UTF-8 ({error}); write one object a line") from error
 
 
-class _Checker:
+class Checker:
     """Turns JSON values into the dataclasses; every refusal names place, field and remedy."""
 
     def __init__(self, where: str):
@@ -197,7 +221,7 @@ class _Checker:
     def keys(self, record: Any, name: str, required: set[str], optional: set[str]) -> None:
         if not isinstance(record, dict):
             raise self.fail(
-                name, f"is {_kind(record)}", f"write an object with the keys {', '.join(sorted(required | optional))}"
+                name, f"is {kind_of(record)}", f"write an object with the keys {', '.join(sorted(required | optional))}"
             )
         if missing := required - record.keys():
             raise self.fail(f"{name}.{min(missing)}", "is missing", "add it")
@@ -207,7 +231,9 @@ class _Checker:
 
     def string(self, value: Any, name: str, may_be_empty: bool = False) -> str:
         if not isinstance(value, str) or not (value or may_be_empty):
-            raise self.fail(name, f"is {_kind(value)}", "write a string" if may_be_empty else "write a string that is not empty")
+            raise self.fail(
+                name, f"is {kind_of(value)}", "write a string" if may_be_empty else "write a string that is not empty"
+            )
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
@@ -216,19 +242,21 @@ class _Checker:
 
     def conversation(self, record: Any) -> Conversation:
         self.keys(record, "conversation", {"id", "source", "turns"}, {"meta"})
-        turns = record["turns"]
-        if not isinstance(turns, list) or not turns:
-            raise self.fail("turns", f"is {_kind(turns)}", "write a list of at least one turn")
         return Conversation(
             id=self.string(record["id"], "id"),
             source=self.string(record["source"], "source"),
-            turns=tuple(self.turn(turn, f"turns[{i}]") for i, turn in enumerate(turns)),
+            turns=self.turns(record["turns"], "turns"),
             meta=self.meta(record.get("meta", {})),
         )
 
+    def turns(self, turns: Any, name: str) -> tuple[Turn, ...]:
+        if not isinstance(turns, list) or not turns:
+            raise self.fail(name, f"is {kind_of(turns)}", "write a list of at least one turn")
+        return tuple(self.turn(turn, f"{name}[{i}]") for i, turn in enumerate(turns))
+
     def meta(self, meta: Any) -> dict[str, Any]:
         if not isinstance(meta, dict):
-            raise self.fail("meta", f"is {_kind(meta)}", "write an object")
+            raise self.fail("meta", f"is {kind_of(meta)}", "write an object")
         for name in ("task", "answer"):
             if name in meta:
                 self.string(meta[name], f"meta.{name}", may_be_empty=name == "answer")
@@ -245,8 +273,8 @@ class _Checker:
             if key in turn and role != "assistant":
                 raise self.fail(f"{name}.{key}", f"is set on a {role} turn", "only assistant turns have it: remove it")
         train = turn.get("train", True)
-        if not isinstance(train, bool):
-            raise self.fail(f"{name}.train", f"is {_kind(train)}", "write true or false")
+        if not (isinstance(train, bool) or train == "content"):
+            raise self.fail(f"{name}.train", f"is {kind_of(train)}", 'write true, false or "content"')
         reasoning = turn.get("reasoning")
         if reasoning is not None:
             self.string(reasoning, f"{name}.reasoning", may_be_empty=True)
@@ -257,7 +285,7 @@ class _Checker:
         if isinstance(content, str):
             return (Text(self.string(content, name, may_be_empty=True)),)
         if not isinstance(content, list) or not content:
-            raise self.fail(name, f"is {_kind(content)}", "write a string or a list of at least one item")
+            raise self.fail(name, f"is {kind_of(content)}", "write a string or a list of at least one item")
         return tuple(self.item(item, f"{name}[{i}]", role) for i, item in enumerate(content))
 
     def item(self, item: Any, name: str, role: str) -> Text | Audio:
@@ -274,7 +302,7 @@ class _Checker:
         return Audio(self.string(item["audio"], f"{name}.audio"))
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """A JSON value's kind, for messages."""
     if value is None:
         return "null"

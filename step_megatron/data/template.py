@@ -124,7 +124,7 @@ def render(
             else of a new turn. No token of a prompt is a target.
 
     Targets are, of every assistant turn with `train`: the reasoning, `</think>`, the response and the closing token, that is,
-    every token that generation would have to write after the prompt.
+    every token that generation would have to write after the prompt; with `train` "content", the response and the closing token.
 
     Raises:
         TemplateError: an unknown template or role, no turn, audio in an assistant turn, or a clip too short for a token.
@@ -222,15 +222,17 @@ class _Builder:
             raise TemplateError(
                 f"conversation {self.name!r} has audio in an assistant turn; the model writes text only: remove it"
             )
+        content = turn.train is not False
+        thinking = content and turn.train != "content"
         if turn.reasoning or self.template.prompt_thinks:
             if not self.template.prompt_thinks:
-                self.special("<think>", turn.train)
-                self.text("\n", turn.train)
-            self.text(f"{turn.reasoning or ''}\n", turn.train)
-            self.special("</think>", turn.train)
-            self.text(self.template.after_thinking, turn.train)
-        self.text(turn.text, turn.train)
-        self.special(self.template.close, turn.train)
+                self.special("<think>", thinking)
+                self.text("\n", thinking)
+            self.text(f"{turn.reasoning or ''}\n", thinking)
+            self.special("</think>", thinking)
+            self.text(self.template.after_thinking, thinking)
+        self.text(turn.text, content)
+        self.special(self.template.close, content)
 
     def clip(self, address: str) -> None:
         """Placeholders of one clip, a run for every chunk."""

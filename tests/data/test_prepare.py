@@ -23,8 +23,8 @@ def make(tiktoken_path, tmp_path, monkeypatch):
         write_conversations(out / f"{name}.jsonl", [Conversation(name, "s", turns)])
     monkeypatch.setattr(prepare, "build", lambda *_: {})
 
-    def make(vocabulary: int):
-        prepare.prepare(data, out, 100.0, vocabulary, seed=1)
+    def make(vocabulary: int, **settings):
+        prepare.prepare(data, out, 100.0, vocabulary, seed=1, **settings)
         return out / "tokenizer"
 
     return make
@@ -64,3 +64,12 @@ def test_half_a_vocabulary_of_an_earlier_release_is_made_again(make):
     folder = make(SMALLEST + 2)
     (folder / "compact.json").unlink()
     assert Tokenizer.load(make(SMALLEST + 2)).is_compact
+
+
+def test_what_later_stages_train_on_is_in_the_vocabulary_too(make):
+    """A word that the conversations have not is one token when another stage's do."""
+    later = Conversation("later", "s", (Turn("human", (Text("Hello Hello Hello"),)),))
+    folder = make(SMALLEST + 40)
+    assert len(Tokenizer.load(folder).encode("Hello")) > 1
+    with_later = make(SMALLEST + 41, more=lambda out_dir: [later])
+    assert len(Tokenizer.load(with_later).encode("Hello")) == 1

@@ -28,7 +28,7 @@ replies = st.builds(
     st.just("assistant"),
     st.lists(st.builds(Text, words), min_size=1, max_size=2).map(tuple),
     st.one_of(st.none(), words),
-    st.booleans(),
+    st.sampled_from([True, False, "content"]),
 )
 conversations = st.builds(
     Conversation,
@@ -89,7 +89,7 @@ def turn(**changes) -> dict:
         (turn(role=["human"]), r"`turns\[0\].role`"),
         (turn(reasoning="x"), r"`turns\[0\].reasoning` is set on a human turn"),
         (turn(train=True), r"`turns\[0\].train` is set on a human turn"),
-        (turn(role="assistant", train="no"), r"`turns\[0\].train` is a string"),
+        (turn(role="assistant", train="no"), r"`turns\[0\].train` is a string; write true, false or .content."),
         (turn(role="assistant", reasoning=4), r"`turns\[0\].reasoning` is a number"),
         (turn(text="x"), r"`turns\[0\].text` is not known"),
         (turn(content=[]), r"`turns\[0\].content` is an empty list"),

@@ -58,6 +58,8 @@ def test_step_audio_token_by_token(full):
         say("function_output", "F"),
         say("assistant", "B"),
         say("assistant", "C", train=False, reasoning="x"),
+        say("assistant", "D", train="content", reasoning="y"),
+        say("assistant", "E", train="content"),
     )
     sample = render(conversation, full, CHUNKS.__getitem__)
     patches = [[("<audio_start>", 0)] + [("<audio_patch>", 0)] * n + [("<audio_end>", 0)] for n in CHUNKS["long.wav"]]
@@ -72,6 +74,10 @@ def test_step_audio_token_by_token(full):
         *spell("\n", 1), *special("</think>", 1), *spell("\nB", 1), *special("<|EOT|>", 1),
         *special("<|BOT|>", 0), *spell("assistant\n", 0), *special("<think>", 0), *spell("\n", 0),
         *spell("x\n", 0), *special("</think>", 0), *spell("\nC", 0), *special("<|EOT|>", 0),
+        *special("<|BOT|>", 0), *spell("assistant\n", 0), *special("<think>", 0), *spell("\n", 0),
+        *spell("y\n", 0), *special("</think>", 0), *spell("\n", 0), *spell("D", 1), *special("<|EOT|>", 1),
+        *special("<|BOT|>", 0), *spell("assistant\n", 0), *special("<think>", 0), *spell("\n", 0),
+        *spell("\n", 0), *special("</think>", 0), *spell("\n", 0), *spell("E", 1), *special("<|EOT|>", 1),
     ]  # fmt: skip
     assert shown(sample, full) == expected
     assert (sample.input_ids.dtype, sample.loss_mask.dtype) == (np.int32, np.uint8)

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from step_megatron.config.schema import JudgeConfig
+from step_megatron.data.preferences import Verdict
 from step_megatron.data.schema import Conversation
 from step_megatron.errors import UserError
 from step_megatron.rl.judge.prompt import Pair, build_prompt
 from step_megatron.rl.judge.scale import Scale
-from step_megatron.rl.judge.verdict import Verdict, VerdictError, parse_verdict
+from step_megatron.rl.judge.verdict import VerdictError, parse_verdict
 from step_megatron.runtime.seeds import derive
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from step_megatron.config.schema import JudgeServerConfig
+from step_megatron.audio.errors import AudioError
+from step_megatron.config.schema import JudgeConfig
 from step_megatron.data.schema import Audio, Turn
 from step_megatron.errors import UserError
 from step_megatron.rl.judge.cache import AnswerCache, key_of
@@ -27,10 +28,10 @@ class JudgeServerError(UserError, RuntimeError):
 
 
 class ServerJudge:
-    """Asks `settings.server`; at most `concurrency` requests are on the way, whoever calls and from however many threads.
+    """Asks `judge.server`; at most `concurrency` requests are on the way, whoever calls and from however many threads.
 
     Args:
-        wav: address of a clip -> its WAV bytes, which are sent along for a judge that listens; None sends `[audio]` in its place.
+        wav: address of a clip -> its WAV bytes (or an AudioError), sent along for a judge that listens; None sends `[audio]`.
         sleep, jitter: for tests: how to wait, and a number of 0 .. 1 to draw each wait with.
 
     Raises:
@@ -39,18 +40,19 @@ class ServerJudge:
 
     def __init__(
         self,
-        settings: JudgeServerConfig,
+        judge: JudgeConfig,
         wav: Callable[[str], bytes] | None = None,
         sleep: Callable[[float], None] = time.sleep,
         jitter: Callable[[], float] = random.random,
     ):
+        settings = judge.server
         if not settings.url.startswith(("http://", "https://")) or not settings.model:
             raise JudgeServerError(
                 f"rl.judge.server: url={settings.url!r}, model={settings.model!r}; give both, as http://host:8000/v1"
             )
         if settings.api_key_env and not os.environ.get(settings.api_key_env):
             raise JudgeServerError(f"rl.judge.server.api_key_env: the variable {settings.api_key_env} is not set; export the key")
-        self.settings, self._wav, self._sleep, self._jitter = settings, wav, sleep, jitter
+        self.judge, self.settings, self._wav, self._sleep, self._jitter = judge, settings, wav, sleep, jitter
         self._endpoint = settings.url.rstrip("/") + "/chat/completions"
         self._cache = AnswerCache(settings.cache_dir) if settings.cache_dir else None
         self._pool = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="judge")
@@ -64,28 +66,30 @@ class ServerJudge:
         self._pool.shutdown(cancel_futures=True)
 
     def _one(self, request: Request) -> Answer:
-        body = {
-            "model": self.settings.model,
-            "messages": [{"role": _ROLES[turn.role], "content": self._content(turn)} for turn in request.prompt.turns],
-            "temperature": self.settings.temperature,
-            "max_tokens": self.settings.max_tokens,
-            "seed": request.seed,
-        }
-        key = key_of([self._endpoint, body])
-        if self._cache is not None and (known := self._cache.get(key)) is not None:
-            return Answer(known)
         try:
+            body = self._body(request)
+            key = key_of([self._endpoint, body])
+            if self._cache is not None and (known := self._cache.get(key)) is not None:
+                return Answer(known)
             text = _text(self._ask(body))
-        except HTTPFailure as failure:
+        except (HTTPFailure, AudioError) as failure:
             problem = self._without_key(str(failure))
-            if failure.status in _USER_MUST_MEND:
-                hint = _USER_MUST_MEND[failure.status]
+            if hint := _USER_MUST_MEND.get(getattr(failure, "status", None)):
                 raise JudgeServerError(f"rl.judge.server: {self._endpoint} answers {problem}; {hint}") from None
             logger.warning("judge: no answer to %s: %s", request.prompt.id, problem)
             return Answer(None, problem)
         if self._cache is not None:
             self._cache.put(key, text)
         return Answer(text)
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        return {
+            "model": self.settings.model,
+            "messages": [{"role": _ROLES[turn.role], "content": self._content(turn)} for turn in request.prompt.turns],
+            "temperature": self.judge.temperature,
+            "max_tokens": self.judge.max_tokens,
+            "seed": request.seed,
+        }
 
     def _ask(self, body: dict[str, Any]) -> Any:
         """Send, again where that may help: waits are drawn from 0 to a bound that doubles, or what the server asks for."""

@@ -9,9 +9,9 @@ What cannot be read is a failed judgment, and never a neutral one.
 
 import json
 import re
-from dataclasses import dataclass
 from typing import Any
 
+from step_megatron.data.preferences import Verdict
 from step_megatron.rl.judge.scale import Scale
 
 THINK_END = "</think>"
@@ -34,21 +34,6 @@ class VerdictError(ValueError):
     def __init__(self, kind: str, message: str):
         super().__init__(message)
         self.kind = kind
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Attributes:
-    rubric: a level for each criterion, in order.
-    overall: above zero, the first reply is better.
-    """
-
-    rubric: tuple[int, ...]
-    overall: int
-
-    def swapped(self) -> "Verdict":
-        """The same opinion with the replies in the other order."""
-        return Verdict(tuple(-level for level in self.rubric), -self.overall)
 
 
 def write_verdict(verdict: Verdict) -> str:

@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from step_megatron.config.schema import JudgeServerConfig
+from step_megatron.config.schema import JudgeConfig, JudgeServerConfig
 from step_megatron.data.schema import Audio, Text, Turn
 from step_megatron.rl.judge.cache import AnswerCache
-from step_megatron.rl.judge.judging import JudgeConfig, judge_pairs
+from step_megatron.rl.judge.judging import judge_pairs
 from step_megatron.rl.judge.prompt import Pair
 from step_megatron.rl.judge.server import JudgeServerError, ServerJudge
 
@@ -20,6 +20,10 @@ KEY = "sk-secret-123"
 VERDICT = 'hm</think>{"rubric": [], "overall": 2}'
 PAIR = Pair("p", (Turn("human", (Audio("a.wav"), Text("What is said?"))),), "hello", "goodbye")
 ONE_ORDER = JudgeConfig(orders="random")
+
+
+def configured(**server) -> JudgeConfig:
+    return JudgeConfig(server=JudgeServerConfig(**server))
 
 
 def completion(content=VERDICT, **message) -> bytes:
@@ -80,7 +84,7 @@ def judging(*script, **settings):
     waits = []
     wav = settings.pop("wav", None)
     defaults = {"url": f"http://127.0.0.1:{server.server_port}/v1", "model": "judge-1", "timeout_seconds": 60.0}
-    judge = ServerJudge(JudgeServerConfig(**{**defaults, **settings}), wav, sleep=waits.append, jitter=lambda: 0.5)
+    judge = ServerJudge(configured(**{**defaults, **settings}), wav, sleep=waits.append, jitter=lambda: 0.5)
     try:
         yield server, judge, waits
     finally:
@@ -218,7 +222,7 @@ def test_the_key_is_neither_logged_nor_kept_nor_sent_elsewhere(monkeypatch, capl
 )
 def test_a_server_that_cannot_be_asked_is_refused_at_the_start(settings, message):
     with pytest.raises(JudgeServerError, match=message):
-        ServerJudge(JudgeServerConfig(**{"url": "http://127.0.0.1:1/v1", "model": "m", **settings}))
+        ServerJudge(configured(**{"url": "http://127.0.0.1:1/v1", "model": "m", **settings}))
 
 
 def test_no_more_requests_than_allowed_are_on_the_way_from_however_many_threads():
@@ -250,15 +254,14 @@ def test_answers_are_kept_by_question_and_model(tmp_path):
     with judging(cache_dir=cache) as (server, judge, _):
         first = reward_of(judge)
         assert reward_of(judge) == first and len(server.bodies) == 1
-        settings = judge.settings
         # A line cut short by a crash, and another writer's file.
         (tmp_path / "answers" / "answers-other-1.jsonl").write_text('{"key": "x", "text": "y"}\n{"key": "z", "te')
-        again = ServerJudge(settings)
+        again = ServerJudge(judge.judge)
         assert reward_of(again) == first and len(server.bodies) == 1
         again.close()
         reward_of(judge, Pair("p", PAIR.history, "hello!", "goodbye"))
         assert len(server.bodies) == 2
-        other = ServerJudge(JudgeServerConfig(**{**settings.__dict__, "model": "judge-2"}))
+        other = ServerJudge(configured(**{**judge.settings.__dict__, "model": "judge-2"}))
         reward_of(other)
         other.close()
         assert len(server.bodies) == 3

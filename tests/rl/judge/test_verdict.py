@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from step_megatron.data.preferences import Verdict
 from step_megatron.rl.judge.scale import Scale
-from step_megatron.rl.judge.verdict import Verdict, VerdictError, parse_verdict, write_verdict
+from step_megatron.rl.judge.verdict import VerdictError, parse_verdict, write_verdict
 from tests.rl.judge.hostile import HOSTILE
 
 SCALE = Scale()

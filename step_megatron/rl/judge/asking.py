@@ -1,0 +1,78 @@
+"""Ask a judge about a file of preferences: a trained run, or the configured server."""
+
+import io
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import soundfile
+
+from step_megatron.audio.address import parse_address
+from step_megatron.audio.errors import AudioError
+from step_megatron.audio.front_end import LogMelFrontEnd
+from step_megatron.audio.geometry import SAMPLE_RATE
+from step_megatron.config.schema import Config
+from step_megatron.data.preferences import read_preferences
+from step_megatron.evaluation.load import TrainedRun, loaded_run
+from step_megatron.rl.judge.judging import Judge, Judgment, check_failures, judge_pairs, summarise
+from step_megatron.rl.judge.local import ModelJudge
+from step_megatron.rl.judge.records import write_judgments
+from step_megatron.rl.judge.server import ServerJudge
+from step_megatron.rl.preference_data import pair_of
+
+# Prompts that a run completes at once.
+_BATCH = 32
+
+
+def ask(preferences: Path, out: Path, config: Config, run: Path | None = None, listens: bool = False) -> dict[str, float]:
+    """Judge every record of a file and write the judgments; returns `judging.summarise` of them.
+
+    Args:
+        run: a reward model's run; None asks `rl.judge.server`.
+        listens: send the clips along to the server.
+
+    Raises:
+        JudgingError: too many judgments failed; they are written nevertheless, for a look at why.
+        JudgeServerError, SchemaError: the server or the file cannot be used.
+    """
+    if run is not None:
+        with loaded_run(run, preferences.parent) as trained:
+            judgments = _judge(preferences, config, ModelJudge(partial(_complete, trained, config)))
+    else:
+        wav = partial(_wav, LogMelFrontEnd(config.encoder.mels), preferences.parent) if listens else None
+        with closing(ServerJudge(config.rl.judge, wav)) as judge:
+            judgments = _judge(preferences, config, judge)
+    write_judgments(out, judgments)
+    summary = summarise(judgments)
+    check_failures(summary["masked"], summary["judged"], config.rl.judge.failure_limit)
+    return summary
+
+
+def _judge(preferences: Path, config: Config, judge: Judge) -> list[Judgment]:
+    pairs = [pair_of(preference) for preference in read_preferences(preferences)]
+    return judge_pairs(pairs, judge, config.rl.judge, config.run.seed)
+
+
+def _complete(trained: TrainedRun, config: Config, prompts, seeds) -> list[str | None]:
+    """`local.Generate` by a trained run."""
+    trained.encode([address for prompt in prompts for address in prompt.audio_addresses()])
+    texts = []
+    for start in range(0, len(prompts), _BATCH):
+        batch = prompts[start : start + _BATCH]
+        texts += trained.reply(batch, config.rl.judge.max_tokens, config.rl.judge.temperature, seeds[start])
+    return texts
+
+
+def _wav(front_end: LogMelFrontEnd, folder: Path, address: str) -> bytes:
+    """A clip as a WAV file of 16 kHz, whatever it is stored as.
+
+    Raises:
+        AudioError: it cannot be read.
+    """
+    place = parse_address(address, folder)
+    decoded = front_end.decode([place.read()], [place.name])[0]
+    if isinstance(decoded, AudioError):
+        raise decoded
+    file = io.BytesIO()
+    soundfile.write(file, decoded.waveform, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return file.getvalue()
