@@ -29,10 +29,16 @@ import() {
     [ -e "$run/import" ] || step-megatron convert import "$STEP_DATA/smollm2" --encoder "$STEP_DATA/whisper-base" --to "$run/import"
 }
 
+# Whisper takes longer over the held-out clips than the model does: not again for the same checkpoint.
+evaluate() {
+    [ "$run/results.json" -nt "$run/checkpoints/latest" ] ||
+        step-megatron eval --run "$run" --data "$prompts" --whisper "$STEP_DATA/whisper-base"
+}
+
 stage fetch step-megatron data fetch --group smol-audio
 stage build step-megatron data build-transcripts --out "$prompts"
 stage import import
 stage encode step-megatron data encode "${align[@]}"
 stage align step-megatron train midtrain "${align[@]}"
 stage midtrain step-megatron train midtrain "${midtrain[@]}"
-stage evaluate step-megatron eval --run "$run" --data "$prompts" --whisper "$STEP_DATA/whisper-base"
+stage evaluate evaluate

@@ -1,6 +1,7 @@
 """Real weights: SmolLM2-135M's GGUF file with whisper-base's encoder, imported, exported, and loaded by transformers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,13 @@ def test_the_encoder_is_whisper_bases(imported, step_data):
     assert (config.model.vocabulary_size, config.tokenizer.template) == (ROWS + len(ADDED), "chatml")
     sizes = EncoderConfig(mels=80, width=512, layers=6, heads=8, ffn_width=2048, weights=str(step_data / "whisper-base"))
     same_bits(dict(build_encoder(config.encoder).state_dict()), dict(build_encoder(sizes).state_dict()))
+
+
+def test_the_preset_is_what_the_import_makes(imported):
+    made, preset = load_config(imported / "config.yaml"), load_config(None, ["model.preset=smol-audio"])
+    for name in ("vocabulary_size", "max_positions", "rotary_base", "tie_embeddings"):
+        assert getattr(made.model, name) == getattr(preset.model, name), name
+    assert replace(made.encoder, weights="") == preset.encoder and made.adaptor == preset.adaptor
+    assert made.tokenizer.template == preset.tokenizer.template
+    # Megatron's default of the heads' width is theirs.
+    assert preset.megatron.transformer == {k: v for k, v in made.megatron.transformer.items() if k != "kv_channels"}
