@@ -224,7 +224,7 @@ def _add_bench(commands) -> None:
     parser.add_argument("--inspect", action="store_true", help="compile every GPU kernel and hold it against its budget")
     parser.add_argument("--arch", action="append", help="with --inspect: sm_90a (default), sm_80, sm_100; may be repeated")
     parser.add_argument("--data", type=Path, default=_default_data())
-    parser.add_argument("--repeats", type=int, help="rounds (default: 5, of an op 15)")
+    parser.add_argument("--repeats", type=int, help="rounds (default: 5; of an op 15, fewer where one takes long)")
     parser.add_argument("--clips", type=int, help="clips in the sample")
     parser.add_argument("--gigabytes", type=float, help="of import: size of the checkpoint (default: 1.2)")
     parser.add_argument("--preset", default="tiny", help="of shares: the model whose step is divided over its parts")
@@ -402,7 +402,7 @@ def _bench(options) -> int | None:
     elif options.name in BENCHED_OPS:
         from step_kernels.bench import run
 
-        result = run(options.name, options.repeats or 15, options.out or Path("runs/bench"), options.device)
+        result = run(options.name, options.repeats, options.out or Path("runs/bench"), options.device)
     elif options.name not in _WITHOUT_PEER and importlib.util.find_spec("transformers") is None:
         raise ImportError(
             f"bench {options.name} compares with transformers, which is not installed; run: pip install 'step-megatron[dev]' "

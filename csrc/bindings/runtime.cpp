@@ -21,11 +21,14 @@ float* thread_scratch(int64_t floats) {
   };
   thread_local std::unique_ptr<float, Free> memory;
   thread_local int64_t capacity = 0;
-  if (floats > capacity) {
+  constexpr int64_t kKept = 4 << 20;  // floats
+  if (floats > capacity || (capacity > kKept && floats <= kKept)) {
+    memory.reset();
+    capacity = 0;
     const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
     memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-    capacity = memory ? floats : 0;
     STD_TORCH_CHECK(memory, "no memory for ", bytes, " bytes of scratch");
+    capacity = floats;
   }
   return memory.get();
 }

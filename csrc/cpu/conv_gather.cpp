@@ -130,7 +130,7 @@ struct Interleave {
 };
 
 template <class Frames>
-static void gather(const ConvSource& source, int64_t first, int64_t rows, float* columns) {
+static void gather(Frames*, const ConvSource& source, int64_t first, int64_t rows, float* columns) {
   const Interleave interleave;
   parallel_for(rows, 16, [&](int64_t begin, int64_t end) {
     Place place;
@@ -148,7 +148,7 @@ static void gather(const ConvSource& source, int64_t first, int64_t rows, float*
 }
 
 template <class Frames>
-static void gather_tiles(const ConvSource& source, int64_t first, int64_t tiles, float* planes) {
+static void gather_tiles(Frames*, const ConvSource& source, int64_t first, int64_t tiles, float* planes) {
   const int64_t width = source.width, plane = tiles * width;
   parallel_for(tiles, 8, [&](int64_t begin, int64_t end) {
     Place place;
@@ -182,24 +182,25 @@ static void gather_tiles(const ConvSource& source, int64_t first, int64_t tiles,
   });
 }
 
+// Calls `body` with a value of the class that reads the source's frames; what it points to does not matter.
+template <class Body>
+static void with_frames(const ConvSource& source, Body&& body) {
+  if (source.hidden)
+    body(static_cast<PooledFrames*>(nullptr));
+  else if (source.bfloat16)
+    body(static_cast<StoredFrames<uint16_t>*>(nullptr));
+  else
+    body(static_cast<StoredFrames<float>*>(nullptr));
+}
+
 }  // namespace
 
 void conv_gather(const ConvSource& source, int64_t first, int64_t rows, float* columns) {
-  if (source.hidden)
-    gather<PooledFrames>(source, first, rows, columns);
-  else if (source.bfloat16)
-    gather<StoredFrames<uint16_t>>(source, first, rows, columns);
-  else
-    gather<StoredFrames<float>>(source, first, rows, columns);
+  with_frames(source, [&](auto* kind) { gather(kind, source, first, rows, columns); });
 }
 
 void conv_gather_tiles(const ConvSource& source, int64_t first, int64_t tiles, float* planes) {
-  if (source.hidden)
-    gather_tiles<PooledFrames>(source, first, tiles, planes);
-  else if (source.bfloat16)
-    gather_tiles<StoredFrames<uint16_t>>(source, first, tiles, planes);
-  else
-    gather_tiles<StoredFrames<float>>(source, first, tiles, planes);
+  with_frames(source, [&](auto* kind) { gather_tiles(kind, source, first, tiles, planes); });
 }
 
 }  // namespace STEP_ISA

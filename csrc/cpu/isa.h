@@ -72,12 +72,11 @@ static inline float maximum(vec value) {
   return value[0];
 }
 
-// 2^x for x <= 0 (as far as 127) to two units in the last place, 2^-126 below -126; NaN stays NaN, for maximum gives its second
-// argument where the comparison is false. x = n + r with |r| <= 1/2; 2^r by a polynomial of least relative error.
-static inline vec power_of_two(vec x) {
-  x = maximum(splat(-126.0f), x);
-  const vec shifted = x + splat(12583039.0f);  // 1.5 * 2^23 + 127: rounds to the nearest integer, n + 127 in the lowest bits
-  const vec r = x - (shifted - splat(12583039.0f));
+// 1.5 * 2^23 + 127: a number that it is added to becomes the nearest integer n, with n + 127, a float's exponent, in the lowest bits.
+constexpr float kRounding = 12583039.0f;
+
+// 2^(n + r) for |r| <= 1/2, by a polynomial of least relative error; `shifted` is n + kRounding.
+static inline vec power_of_two(vec r, vec shifted) {
   vec p = splat(1.5353362e-4f);
   p = p * r + splat(1.3398874e-3f);
   p = p * r + splat(9.6184374e-3f);
@@ -93,26 +92,21 @@ static inline vec power_of_two(vec x) {
   return p * scale;
 }
 
-// e^x to two units in the last place, 0 below -87.3, infinity not reached (inputs are clamped at 88); NaN stays NaN: maximum and
-// minimum give their second argument where the comparison is false.
-// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by the polynomial of Cephes' expf.
+// 2^x for x <= 0 (as far as 127) to two units in the last place, 2^-126 below -126; NaN stays NaN, for maximum gives its second
+// argument where the comparison is false.
+static inline vec power_of_two(vec x) {
+  x = maximum(splat(-126.0f), x);
+  const vec shifted = x + splat(kRounding);
+  return power_of_two(x - (shifted - splat(kRounding)), shifted);
+}
+
+// e^x to two units in the last place, 0 below -87.3, infinity not reached (inputs are clamped at 88); NaN stays NaN. x / ln 2 would
+// lose the fraction's last bits, so n ln 2 is taken off x, in two parts of which the first has few bits (Cephes' expf).
 static inline vec exponential(vec x) {
-  const vec below = splat(-87.33654f);
-  vec clamped = minimum(splat(88.0f), maximum(below, x));
-  vec shifted = clamped * splat(1.44269504f) + splat(12582912.0f);  // 1.5 * 2^23: rounds to the nearest integer
-  vec n = shifted - splat(12582912.0f);
-  vec r = clamped - n * splat(0.693359375f) + n * splat(2.12194440e-4f);
-  vec p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * (r * r) + r + splat(1.0f);
-  ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
-  vec scale;
-  std::memcpy(&scale, &power, sizeof(scale));
-  return x < below ? vec{} : p * scale;
+  const vec below = splat(-87.33654f), clamped = minimum(splat(88.0f), maximum(below, x));
+  const vec shifted = clamped * splat(1.44269504f) + splat(kRounding), n = shifted - splat(kRounding);
+  const vec rest = clamped - n * splat(0.693359375f) + n * splat(2.12194440e-4f);
+  return x < below ? vec{} : power_of_two(rest * splat(1.44269504f), shifted);
 }
 
 }  // namespace STEP_ISA

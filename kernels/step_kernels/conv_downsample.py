@@ -17,6 +17,7 @@ from torch.nn.functional import conv1d, gelu, linear, pad
 
 from step_kernels import conv_products, native, registry
 from step_kernels.gathered_matmul import gathered_matmul, gathered_weight_gradient
+from step_kernels.operators import operator
 from step_kernels.segments import check_counts
 
 OP = "conv_downsample_gelu"
@@ -72,7 +73,7 @@ def conv_downsample_gelu(
     return _op(x, cu_seqlens, weight, bias, rows, trained)[0]
 
 
-@torch.library.custom_op("step::conv_downsample_gelu", mutates_args=())
+@operator("step::conv_downsample_gelu")
 def _op(
     x: torch.Tensor, cu_seqlens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rows: int, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,7 +98,7 @@ def _(x, cu_seqlens, weight, bias, rows, keep):
     return out, torch.empty_like(out) if keep else out.new_empty(0)
 
 
-@torch.library.custom_op("step::conv_downsample_gelu_backward", mutates_args=())
+@operator("step::conv_downsample_gelu_backward")
 def backward(
     gradient: torch.Tensor,
     x: torch.Tensor,

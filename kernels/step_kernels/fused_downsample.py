@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from step_kernels import conv_downsample, conv_products, registry
+from step_kernels.operators import operator
 from step_kernels.pool_norm_downsample import in_torch as pool_norm_in_torch
 from step_kernels.pool_norm_downsample import pool_norm_downsample_reference, source_rows
 from step_kernels.segments import check_counts
@@ -106,7 +107,7 @@ def feature_starts(cu_seqlens: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(features.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-@torch.library.custom_op("step::fused_downsample", mutates_args=())
+@operator("step::fused_downsample")
 def _op(
     hidden: torch.Tensor,
     cu_seqlens: torch.Tensor,

@@ -12,6 +12,7 @@ Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using General
 import torch
 
 from step_kernels import native, registry
+from step_kernels.operators import operator
 
 OP = "gae_varlen"
 registry.register(OP, cuda=(torch.float32,), cpp=(torch.float32,))
@@ -70,7 +71,7 @@ def gae_varlen(
     return _op(rewards, values, cu_seqlens, bootstrap, gamma, lam)
 
 
-@torch.library.custom_op("step::gae_varlen", mutates_args=())
+@operator("step::gae_varlen")
 def _op(
     rewards: torch.Tensor,
     values: torch.Tensor,

@@ -31,6 +31,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import cross_entropy
 
 from step_kernels import native, registry
+from step_kernels.operators import operator
 from step_kernels.softmax_rows import Rows, exact, resolve, scale_triton
 
 OP = "linear_cross_entropy"
@@ -154,7 +155,7 @@ def _share(weight: torch.Tensor, start: int, group: ProcessGroup | None, vocabul
     return start, entries, group.group_name if ranks > 1 else ""
 
 
-@torch.library.custom_op("step::linear_cross_entropy", mutates_args=())
+@operator("step::linear_cross_entropy")
 def _op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -184,7 +185,7 @@ def _(hidden, weight, labels, token_weights, vocabulary_start, entries, group, h
     return token_weights.new_empty(()), torch.empty_like(token_weights), *gradients
 
 
-@torch.library.custom_op("step::linear_cross_entropy_scale", mutates_args=("gradient",))
+@operator("step::linear_cross_entropy_scale", mutates=("gradient",))
 def _scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     # The factor is one in most steps: the kernels look at it where it is, so that nothing waits for it, and then do nothing.
     backend = registry.backend(OP, gradient)
@@ -223,7 +224,7 @@ def _scale_gradients(ctx, grad_total, *_):
 _op.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
-@torch.library.custom_op("step::linear_log_probs", mutates_args=())
+@operator("step::linear_log_probs")
 def _log_probs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -254,7 +255,7 @@ def _per_token(hidden: torch.Tensor, with_entropy: bool) -> tuple[torch.Tensor, 
     return tuple(hidden.new_empty(count, dtype=exact(hidden)) for count in (tokens, tokens * with_entropy, tokens))
 
 
-@torch.library.custom_op("step::linear_log_probs_backward", mutates_args=())
+@operator("step::linear_log_probs_backward")
 def _log_probs_backward(
     grad_log_probs: torch.Tensor,
     grad_entropy: torch.Tensor | None,

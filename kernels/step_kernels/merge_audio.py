@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from step_kernels import native, registry
+from step_kernels.operators import operator
 
 OP = "merge_audio_embeddings"
 registry.register(OP, cuda=(torch.float32, *registry.HALF), cpp=(torch.float32, *registry.HALF, torch.float64))
@@ -97,7 +98,7 @@ def check_audio_counts(names: Sequence[str], placeholders: Sequence[int], embedd
             )
 
 
-@torch.library.custom_op("step::merge_audio_embeddings", mutates_args=())
+@operator("step::merge_audio_embeddings")
 def _op(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     out = tokens.clone(memory_format=torch.contiguous_format)
     _place(out, audio, positions)
@@ -109,7 +110,7 @@ def _(tokens, audio, positions):
     return torch.empty_like(tokens, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("step::merge_audio_embeddings_", mutates_args={"tokens"})
+@operator("step::merge_audio_embeddings_", mutates=("tokens",))
 def _place(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor) -> None:
     if registry.backend(OP, tokens) == "torch":
         tokens.index_copy_(0, positions, audio)
@@ -117,7 +118,7 @@ def _place(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor) -
         native.ops().merge_audio(audio.contiguous(), positions.contiguous(), tokens)
 
 
-@torch.library.custom_op("step::merge_audio_embeddings_backward", mutates_args=())
+@operator("step::merge_audio_embeddings_backward")
 def _backward_op(gradient: torch.Tensor, positions: torch.Tensor, of_tokens: bool) -> tuple[torch.Tensor, torch.Tensor]:
     if registry.backend(OP, gradient) == "torch":
         tokens = gradient.index_fill(0, positions, 0) if of_tokens else gradient.new_empty(0)
@@ -159,13 +160,10 @@ class _InPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(tokens, audio, positions):
-        _place(tokens, audio, positions)
-        return tokens.detach()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _keep_positions(ctx, inputs, output)
+    def forward(ctx, *inputs):
+        _place(*inputs)
+        _keep_positions(ctx, inputs, None)
+        return inputs[0].detach()
 
     @staticmethod
     def backward(ctx, gradient):

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from step_kernels import attention_libraries, native, packed_attention_triton, registry
+from step_kernels.operators import operator
 from step_kernels.segments import equal_runs
 
 Op = Callable[
@@ -65,7 +66,7 @@ def attend(
 def define(name: str, causal: bool) -> Op:
     """Register `step::<name>` and `step::<name>_backward`; returns the first: `(out, lse)`, lse `[tokens, heads]` float32."""
 
-    @torch.library.custom_op(f"step::{name}", mutates_args=())
+    @operator(f"step::{name}")
     def forward(
         query: torch.Tensor,
         key: torch.Tensor,
@@ -88,7 +89,7 @@ def define(name: str, causal: bool) -> Op:
     def _(query, key, value, cu_seqlens, lengths, valid, scale, backend):
         return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
 
-    @torch.library.custom_op(f"step::{name}_backward", mutates_args=())
+    @operator(f"step::{name}_backward")
     def backward(
         grad_out: torch.Tensor,
         grad_lse: torch.Tensor,

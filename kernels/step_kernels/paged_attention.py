@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import torch
 
 from step_kernels import native, registry
+from step_kernels.operators import operator
 from step_kernels.triton_language import jit, tl, triton
 
 OP = "paged_attention"
@@ -105,7 +106,7 @@ def paged_attention(
     return _op(query, key_cache, value_cache, block_table, lengths, cu_seqlens, max_queries, scale)
 
 
-@torch.library.custom_op("step::paged_attention", mutates_args=())
+@operator("step::paged_attention")
 def _op(
     query: torch.Tensor,
     key_cache: torch.Tensor,

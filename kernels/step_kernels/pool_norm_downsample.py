@@ -11,6 +11,7 @@ Source: Step-Audio 2 / Qwen2-Audio encoder (`avg_pooler`, then the final layer n
 import torch
 
 from step_kernels import native, registry
+from step_kernels.operators import operator
 from step_kernels.segments import check_counts
 
 OP = "pool_norm_downsample"
@@ -57,7 +58,7 @@ def pool_norm_downsample(
     return _op(hidden, cu_seqlens, weight, bias, eps, rows)
 
 
-@torch.library.custom_op("step::pool_norm_downsample", mutates_args=())
+@operator("step::pool_norm_downsample")
 def _op(
     hidden: torch.Tensor, cu_seqlens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, rows: int
 ) -> torch.Tensor:

@@ -12,6 +12,7 @@ Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv:1910.074
 import torch
 
 from step_kernels import native, registry
+from step_kernels.operators import operator
 
 OP = "rms_norm"
 registry.register(OP, cpp=(torch.float32,))
@@ -41,7 +42,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 
-@torch.library.custom_op("step::rms_norm", mutates_args=())
+@operator("step::rms_norm")
 def _op(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The normalised rows, and each row's factor `[rows]`."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -55,7 +56,7 @@ def _(x, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel())
 
 
-@torch.library.custom_op("step::rms_norm_backward", mutates_args=())
+@operator("step::rms_norm_backward")
 def _backward_op(
     gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, weight_wanted: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ Source: Su et al., RoFormer (arXiv:2104.09864), in the half-rotated layout of GP
 import torch
 
 from step_kernels import native, registry
+from step_kernels.operators import operator
 
 OP = "rope_qk"
 registry.register(OP, cpp=(torch.float32,))
@@ -58,7 +59,7 @@ def rope_qk(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torc
     return rope_qk_reference(query, key, cos, sin)
 
 
-@torch.library.custom_op("step::rope_qk", mutates_args=())
+@operator("step::rope_qk")
 def _op(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

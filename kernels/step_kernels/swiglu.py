@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import silu
 
 from step_kernels import native, registry
+from step_kernels.operators import operator
 
 OP = "swiglu"
 registry.register(OP, cpp=(torch.float32,))
@@ -38,7 +39,7 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return _op(x) if registry.backend(OP, x) == "cpp" else swiglu_reference(x)
 
 
-@torch.library.custom_op("step::swiglu", mutates_args=())
+@operator("step::swiglu")
 def _op(x: torch.Tensor) -> torch.Tensor:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
     out = rows.new_empty(rows.shape[0], rows.shape[1] // 2)
@@ -51,7 +52,7 @@ def _(x):
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-@torch.library.custom_op("step::swiglu_backward", mutates_args=())
+@operator("step::swiglu_backward")
 def _backward_op(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
     out = torch.empty_like(rows)

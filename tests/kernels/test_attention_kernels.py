@@ -300,4 +300,4 @@ def test_a_compiled_caller_gets_the_same_kernel():
 @pytest.mark.parametrize("op", [audio_attention._op, causal_attention._op])
 def test_registration(op, lengths):
     inputs = [part.requires_grad_() for part in qkv(sum(lengths), 2, 2)]
-    torch.library.opcheck(op, (*inputs, cumulative(lengths), lengths, [], 0.2, "cpp"))
+    torch.library.opcheck(op.registered, (*inputs, cumulative(lengths), lengths, [], 0.2, "cpp"))

@@ -319,4 +319,4 @@ def test_the_library_refuses_bounds_out_of_order(bounds):
 def test_registration(lengths):
     x, weight, bias = inputs(lengths)
     arguments = x.requires_grad_(), cumulative(lengths), weight.requires_grad_(), bias.requires_grad_(), conv_rows(lengths), True
-    torch.library.opcheck(_op, arguments)
+    torch.library.opcheck(_op.registered, arguments)

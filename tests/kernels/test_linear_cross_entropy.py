@@ -226,8 +226,8 @@ def test_inputs_that_do_not_fit_are_refused(change, message):
 @pytest.mark.parametrize("tokens", [5, 0])
 def test_registration(tokens):
     hidden, weight, labels = inputs(tokens, 8, 50, torch.float32)
-    torch.library.opcheck(_op, (hidden, weight, labels, torch.ones(tokens), 0, 50, "", True, True))
-    torch.library.opcheck(_log_probs, (hidden, weight, labels, 0, 50, "", True))
+    torch.library.opcheck(_op.registered, (hidden, weight, labels, torch.ones(tokens), 0, 50, "", True, True))
+    torch.library.opcheck(_log_probs.registered, (hidden, weight, labels, 0, 50, "", True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -222,7 +222,7 @@ def test_arguments_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("sequences", [[(20, 3), (0, 0), (5, 1)], []])
 def test_registration(sequences):
     paged = Paged(sequences)
-    torch.library.opcheck(_op, (*paged.arguments(), paged.max_queries, paged.scale))
+    torch.library.opcheck(_op.registered, (*paged.arguments(), paged.max_queries, paged.scale))
 
 
 def test_kernels_for_ahead_of_time_compilation_are_stated_in_full():

@@ -85,4 +85,4 @@ def test_an_odd_width_or_none_is_refused(shape):
 
 @pytest.mark.parametrize("rows", [5, 0])
 def test_registration(rows):
-    torch.library.opcheck(_op, (inputs((rows, 1), 12)[0],))
+    torch.library.opcheck(_op.registered, (inputs((rows, 1), 12)[0],))

@@ -53,7 +53,7 @@ class Case:
     Attributes:
         tolerance: largest difference between results, relative to the largest value.
         memory: measure extra peak memory too.
-        rounds: at most so many, where one takes long.
+        rounds: how many, where nobody asks for another number.
     """
 
     op: str
@@ -61,7 +61,7 @@ class Case:
     contestants: Sequence[Contestant]
     tolerance: float = 1e-4
     memory: bool = False
-    rounds: int | None = None
+    rounds: int = 15
 
 
 @dataclass
@@ -92,8 +92,8 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     return steps[1], steps[4], steps[7]
 
 
-def measure(case: Case, repeats: int, device: torch.device) -> Measured:
-    """Run a case: prepare everybody, compare results, then `repeats` rounds.
+def measure(case: Case, repeats: int | None, device: torch.device) -> Measured:
+    """Run a case: prepare everybody, compare results, then `repeats` rounds (None: the case's own number).
 
     Raises:
         RuntimeError: two contestants compute something else.
@@ -130,7 +130,7 @@ def measure(case: Case, repeats: int, device: torch.device) -> Measured:
     measured.seconds = {name: [] for name in works}
     if measured.ours not in works:
         return measured
-    repeats = min(repeats, case.rounds or repeats)
+    repeats = repeats or case.rounds
     for index in range(repeats):
         _say(f"{case.op} {case.shape}: round {index + 1} of {repeats}")
         for name, work in works.items():

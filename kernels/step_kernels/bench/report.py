@@ -16,7 +16,8 @@ COLUMNS = ("op", "shape", "backend", "p20", "p50", "p80", "device", "version")
 
 def table(measured: Measured) -> str:
     """Milliseconds of every contestant, and how many times as long as ours it took."""
-    lines = [f"{measured.case.op}  {measured.case.shape}"]
+    rounds = len(measured.seconds.get(measured.ours, ()))
+    lines = [f"{measured.case.op}  {measured.case.shape}, {rounds} rounds"]
     for contestant in measured.case.contestants:
         name = contestant.name
         if name in measured.absent:

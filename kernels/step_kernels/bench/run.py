@@ -24,12 +24,12 @@ OPS = {
 }
 
 
-def run(op: str, repeats: int = 15, out: Path = Path("runs/bench"), device: str | None = None) -> dict:
+def run(op: str, repeats: int | None = None, out: Path = Path("runs/bench"), device: str | None = None) -> dict:
     """Measure an op, print tables, write `OUT/OP.csv` and `OUT/OP.png`, and return the figures.
 
     Args:
         op: one of `OPS`.
-        repeats: rounds.
+        repeats: rounds; None for each case's own number.
         out: folder, made if absent.
         device: default: a GPU where torch sees one, else the CPU.
 
@@ -49,7 +49,7 @@ def run(op: str, repeats: int = 15, out: Path = Path("runs/bench"), device: str 
     out.mkdir(parents=True, exist_ok=True)
     report.write_csv(out / f"{op}.csv", results, where)
     missing = report.plot(out / f"{op}.png", results, where)
-    print(f"{report.device_name(where)}, {report.version()}, {repeats} rounds; {out / op}.csv{'' if missing else ' and .png'}")
+    print(f"{report.device_name(where)}, {report.version()}, {out / op}.csv{'' if missing else ' and .png'}")
     if missing:
         print(missing)
     return report.summary(op, results, where)
@@ -64,14 +64,14 @@ def main(arguments: list[str] | None = None) -> int:
     """`python -m step_kernels.bench`."""
     parser = argparse.ArgumentParser(prog="python -m step_kernels.bench", description=__doc__.split("\n")[0])
     parser.add_argument("op", choices=OPS)
-    parser.add_argument("--repeats", type=int, default=15, help="rounds (default: 15)")
+    parser.add_argument("--repeats", type=int, help="rounds (default: 15, fewer where one takes long)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the CSV and the plot")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--choose", action="store_true", help="let the fastest backend be used on this device from now on")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     options = parser.parse_args(arguments)
     if options.choose:
-        result = choose(options.op, options.repeats, options.device)
+        result = choose(options.op, options.repeats or 15, options.device)
     else:
         result = run(options.op, options.repeats, options.out, options.device)
     if options.json:

@@ -1,7 +1,8 @@
 """Cases of the ops that move along packed segments: pool + norm, conv + GELU, both at once, merging audio, GAE.
 
-Each has to be twice as fast as eager torch (as fast, where that multiplies the same matrices) and no slower than `torch.compile`
-of the same code.
+Each has to be twice as fast as eager torch and no slower than `torch.compile` of the same code. Eager is the op as its definition
+and its users write it: Conv1d, index_copy, masked_scatter. Beside what does the very work of ours (the same matrix product of
+gathered columns, the same rows written in place) as fast is all that is asked for.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from step_kernels.fused_downsample import feature_starts
 from step_kernels.pool_norm_downsample import in_torch as pool_norm_in_torch
 from step_kernels.segments import cumulative
 
-_EAGER, _COMPILED, _SAME_PRODUCT = 2.0, 1.0, 1.0
+_EAGER, _COMPILED, _SAME_WORK = 2.0, 1.0, 1.0
 _WIDTHS = (512, 1280)
 
 
@@ -103,7 +104,7 @@ def conv_cases(device: torch.device) -> list[Case]:
                 _peer("eager, Conv1d a segment", wrap(conv_downsample_gelu_reference, arguments[:4]), _EAGER),
                 _peer("eager, Conv1d padded", wrap(_padded_conv, batch), _EAGER),
                 # The same product by the same library, so there is no factor of two to be had.
-                _peer("eager, columns", wrap(_columns_conv), _SAME_PRODUCT),
+                _peer("eager, columns", wrap(_columns_conv), _SAME_WORK),
                 compiled(_columns_conv, arguments, _COMPILED, wrap),
             ]
             # Few rounds: Conv1d takes seconds.
@@ -138,8 +139,8 @@ def fused_cases(device: torch.device) -> list[Case]:
         for name, wrap in _passes(arguments, leaves, gradient):
             contestants = [
                 *ours("fused_downsample", wrap(_fused), device),
-                _peer("ours, two ops", wrap(_two_ops), _SAME_PRODUCT),
-                _peer("eager, two steps", wrap(_two_eager_steps), _SAME_PRODUCT),
+                _peer("ours, two ops", wrap(_two_ops), _SAME_WORK),
+                _peer("eager, two steps", wrap(_two_eager_steps), _SAME_WORK),
                 compiled(_two_eager_steps, arguments, _COMPILED, wrap),
             ]
             # torch.compile leaves the rounding of the features out: 2^-9 of their size.
@@ -149,11 +150,11 @@ def fused_cases(device: torch.device) -> list[Case]:
 
 
 class _Made(torch.autograd.Function):
-    """A leaf's memory as the result of a function, as an embedding's is in the model."""
+    """A leaf's memory as the result of a function, as an embedding's is in the model: no leaf, and no view of one."""
 
     @staticmethod
     def forward(ctx, leaf):
-        return leaf.detach()
+        return leaf.new_empty(0).set_(leaf.detach())
 
     @staticmethod
     def backward(ctx, gradient):
@@ -175,7 +176,7 @@ def _masked_scatter(tokens, audio, positions):
 
 
 def _index_copy_in_place(tokens, audio, positions):
-    return tokens.index_copy_(0, positions, audio)
+    return _Made.apply(tokens).index_copy_(0, positions, audio)
 
 
 def merge_cases(device: torch.device) -> list[Case]:
@@ -195,12 +196,12 @@ def merge_cases(device: torch.device) -> list[Case]:
         for name, wrap in _passes(arguments, (tokens, audio), gradient):
             contestants = [
                 *ours("merge_audio_embeddings", wrap(_merge), device),
-                eager(wrap(_index_copy), _EAGER),
-                Contestant("eager, masked_scatter", lambda wrap=wrap: wrap(_masked_scatter), _EAGER),
+                _peer("eager, index_copy", wrap(_index_copy), _EAGER),
+                _peer("eager, masked_scatter", wrap(_masked_scatter), _EAGER),
+                # It moves the same rows as ours, so there is no factor of two to be had.
+                _peer("eager, in place", wrap(_index_copy_in_place), _SAME_WORK),
                 compiled(_index_copy, arguments, _COMPILED, wrap),
             ]
-            if name == "forward":  # autograd does not let torch write into a leaf, nor into a view of one
-                contestants.append(Contestant("eager, in place", lambda wrap=wrap: wrap(_index_copy_in_place), _COMPILED))
             shape = f"{len(places)} audio tokens into {at} x {width}, {name}"
             cases.append(Case("merge-audio", shape, contestants, tolerance=0.0))
     return cases
