@@ -17,7 +17,8 @@ from step_kernels.linear_cross_entropy import linear_cross_entropy_reference, li
 _MEMORY = 0.15
 _VOCABULARY = 158_720
 # (tokens, width): on two cores a round of the contestants takes about 10 s, of log-probabilities 20 s, and everybody runs twice
-# before the first, for the results and for the memory: five minutes in all. At 4,096 tokens a wider model would only add to the matrix products, which are the same library's on all sides.
+# before the first, for the results and for the memory: five minutes in all. At 4,096 tokens a wider model would only add to the
+# matrix products, which are the same library's on all sides.
 _SIZES = ((1024, 576), (4096, 128))
 _ROUNDS = 3
 # Copies of the logits that eager holds at its peak (3 and 5), and one to spare.
