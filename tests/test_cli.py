@@ -9,7 +9,7 @@ import soundfile
 
 from step_megatron import cli
 from step_megatron.audio.errors import AudioError, NotIndexed, QuarantineLimitExceeded
-from step_megatron.checkpoint.distributed import CheckpointError
+from step_megatron.checkpoint.directory import CheckpointError
 from step_megatron.data.fetch.mirror import MirrorError
 from step_megatron.data.recipes.espeak import EspeakError
 

@@ -1,16 +1,9 @@
-"""Save and load checkpoints in Megatron's `torch_dist` layout, which any other parallel layout can read.
+"""What is in a checkpoint, and loading it: Megatron's `torch_dist` layout, which any other parallel layout can read.
 
-    RUN/checkpoints/step_00000200/   one directory a checkpoint, complete or absent
-    RUN/checkpoints/latest           the name of the newest complete one
-
-A checkpoint is written into a temporary directory and renamed when every rank has finished, and only then does `latest` name it:
-an interrupted save leaves the previous checkpoint in place. It holds the model, the optimizer (moments and step count), the
-scheduler, the random state of each rank, the loader's position and the step.
+A checkpoint holds the model, the optimizer (moments and step count), the scheduler, the random state of each rank, the loader's
+position and the step. Its folder is the matter of `checkpoint.directory`, writing it of `checkpoint.saving`.
 """
 
-import os
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +13,11 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
-from step_megatron.errors import UserError
-from step_megatron.runtime import megatron_checkpoint, seeds
+from step_megatron.checkpoint import seal
+from step_megatron.checkpoint.directory import CheckpointError
+from step_megatron.runtime import megatron_checkpoint, megatron_reading, seeds
+from step_megatron.runtime.agreement import Ranks
 
-LATEST = "latest"
-_STEP = re.compile(r"step_(\d{8,})")
-BACKEND = ("torch_dist", 1)
 # How Megatron lays out the state: by parameter, not by rank, so that every parallel layout can read it. Each layer has a name of
 # its own: stacked over layers, moments could not be saved when only some layers are trained.
 LAYOUT = {
@@ -36,60 +28,12 @@ LAYOUT = {
 }
 
 
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that cannot be written or read; the message says which and why."""
-
-
-def checkpoint_root(run_dir: str | Path) -> Path:
-    """The directory of a run that holds its checkpoints."""
-    return Path(run_dir) / "checkpoints"
-
-
-def latest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None when there is none yet.
-
-    Raises:
-        CheckpointError: `latest` names a directory that is gone.
-    """
-    root = checkpoint_root(run_dir)
-    pointer = root / LATEST
-    if not pointer.is_file():
-        return None
-    directory = root / pointer.read_text(encoding="utf-8").strip()
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"{pointer}: names {directory.name}, which does not exist; write another step's directory name into it"
-        )
-    return directory
-
-
-def save_checkpoint(
-    run_dir: str | Path,
-    step: int,
-    model: list[torch.nn.Module],
-    optimizer: Any,
-    scheduler: Any,
-    extra: dict[str, Any],
-    keep: int = 0,
-) -> Path:
-    """Write one checkpoint; every rank calls this, with the same `step` and `extra`.
-
-    Args:
-        model: this rank's chunks, wrapped for data parallelism or not.
-        extra: what else the run needs to go on (loader position and the like), plain values, equal on all ranks.
-        keep: how many of the newest checkpoints stay, this one included; 0 keeps them all.
-
-    Returns:
-        The checkpoint's directory.
-    """
-    root = checkpoint_root(run_dir)
-    final, temporary = root / f"step_{step:08d}", root / f".writing_step_{step:08d}"
-    if torch.distributed.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    torch.distributed.barrier()
+def training_state(
+    step: int, model: list[torch.nn.Module], optimizer: Any, scheduler: Any, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that a run needs to go on from `step`, as Megatron's sharded state; arguments as `Checkpoints.save`."""
     weights = model_state(model, LAYOUT)
-    state = {
+    return {
         **weights,
         "optimizer": _optimizer_state(optimizer, weights, LAYOUT, is_loading=False),
         "updates": megatron_checkpoint.updates(optimizer),
@@ -99,28 +43,27 @@ def save_checkpoint(
         "step": step,
         "extra": extra,
     }
-    megatron_checkpoint.write_in_process()
-    dist_checkpointing.save(state, str(temporary), BACKEND, content_metadata=LAYOUT)
-    if torch.distributed.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _point_to(root, final.name)
-        _remove_older(root, step, keep)
-    torch.distributed.barrier()
-    return final
 
 
 def load_checkpoint(
-    directory: str | Path, model: list[torch.nn.Module], optimizer: Any, scheduler: Any
+    directory: str | Path, model: list[torch.nn.Module], optimizer: Any, scheduler: Any, verified: bool = False
 ) -> tuple[int, dict[str, Any]]:
     """Restore a run from a checkpoint, in this or another parallel layout; every rank calls this.
 
     Random state is restored when the number of ranks is the one that saved it; with another number it stays as the run's seed has
     set it (with no dropout nothing depends on it).
 
+    Args:
+        verified: its files were held against their sums just now (`recovery.newest_good`).
+
     Returns:
         The step that the checkpoint holds, and `extra` as it was saved.
+
+    Raises:
+        CheckpointError: damaged, of another model, or without a training state; on every rank.
     """
+    if not verified:
+        check_whole(directory)
     layout = layout_of(directory)
     weights = model_state(model, layout)
     state = {**weights, "optimizer": _optimizer_state(optimizer, weights, layout, is_loading=True)}
@@ -145,10 +88,26 @@ def load_model_weights(model: torch.nn.Module | list[torch.nn.Module], directory
     """Load the weights alone, into any tensor- and pipeline-parallel layout (one process included); every rank calls this.
 
     Raises:
-        CheckpointError: no complete checkpoint there, or one of another shape of model.
+        CheckpointError: no complete checkpoint there, a damaged one, or one of another shape of model.
     """
+    check_whole(directory)
     chunks = model if isinstance(model, list) else [model]
     _load_weights(chunks, load_state(model_state(chunks, layout_of(directory)), directory))
+
+
+def check_whole(directory: str | Path) -> None:
+    """Hold the files of a checkpoint against the sums that they were written with; every rank calls this.
+
+    Raises:
+        CheckpointError: names every file that is damaged, missing or of another length; on every rank.
+    """
+    if problems := seal.verify(Path(directory), Ranks()):
+        raise CheckpointError(damage(directory, problems))
+
+
+def damage(directory: str | Path, problems: list[str]) -> str:
+    """What is wrong with a checkpoint, and the remedy."""
+    return f"{directory} is not whole: {'; '.join(problems)}. Use another checkpoint, or copy this one here again"
 
 
 def model_state(model: list[torch.nn.Module], layout: dict[str, Any]) -> dict[str, Any]:
@@ -193,20 +152,18 @@ def _load_weights(model: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
 
 def _common(directory: str | Path) -> dict[str, Any]:
     """What a checkpoint holds besides tensors."""
-    if not (Path(directory) / "metadata.json").is_file():
-        raise CheckpointError(f"{directory}: no complete checkpoint here (metadata.json is missing)")
-    return dist_checkpointing.load_common_state_dict(str(directory))
+    return megatron_reading.load_common(Path(directory))
 
 
 def load_state(state: dict[str, Any], directory: str | Path, **options: Any) -> dict[str, Any]:
     """What a sharded state describes, from a checkpoint; `options` as of Megatron's `load`.
 
     Raises:
-        CheckpointError: no complete checkpoint there, or one that does not hold just that.
+        CheckpointError: it does not hold just that.
+        UnsafeCheckpoint: it holds what no checkpoint needs.
     """
-    _common(directory)
     try:
-        return dist_checkpointing.load(state, str(directory), **options)
+        return megatron_reading.load(state, Path(directory), **options)
     except (CheckpointingException, CheckpointException, RuntimeError, KeyError, ValueError) as error:
         # Errors of other ranks arrive as the text of their tracebacks: the last line says what is wrong.
         raise CheckpointError(f"{directory}: does not fit this model: {str(error).strip().splitlines()[-1]}") from error
@@ -215,20 +172,3 @@ def load_state(state: dict[str, Any], directory: str | Path, **options: Any) -> 
 def _random_shard(states: dict[str, Any] | None) -> ShardedObject:
     """The random state of this rank, saved under its rank: every rank has its own."""
     return ShardedObject("random", states, (torch.distributed.get_world_size(),), (torch.distributed.get_rank(),))
-
-
-def _point_to(root: Path, name: str) -> None:
-    temporary = root / f".{LATEST}"
-    temporary.write_text(name + "\n", encoding="utf-8")
-    os.replace(temporary, root / LATEST)
-
-
-def _remove_older(root: Path, step: int, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to `step`; later ones (of a run that went back) and copies that a user made
-    beside them are left alone.
-    """
-    if not keep:
-        return
-    steps = sorted(int(found[1]) for path in root.iterdir() if (found := _STEP.fullmatch(path.name)) and int(found[1]) <= step)
-    for older in steps[:-keep]:
-        shutil.rmtree(root / f"step_{older:08d}", ignore_errors=True)

@@ -1,32 +1,32 @@
 """Weights into and out of Megatron's `torch_dist` layout one tensor at a time, for checkpoints that are larger than memory.
 
 Megatron's own `save` wants every tensor of a rank at once, its `load` allocates all that it is asked for. Here the writer asks
-for a tensor when its bytes go to the disk, each into a file of its own; the reader loads one parameter a call. The directories
-are those of `checkpoint.distributed`: any parallel layout reads what is written here, and what any layout has saved is read.
+for a tensor when its bytes go to the disk; the reader loads one parameter a call. The folders are those that training writes,
+sealed alike: any parallel layout reads what is written here, and what any layout has saved is read.
 
 The model describes itself: it is built on the meta device, in one process, and its sharded state says under which key, and with
 what beside the tensors, a checkpoint of it is laid out.
 """
 
-import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.serialization import _CONTENT_METADATA_KEY
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import WriteItem
 
-from step_megatron.checkpoint import distributed
+from step_megatron.checkpoint import distributed, seal
+from step_megatron.checkpoint.directory import CheckpointError
 from step_megatron.checkpoint.safetensors_files import TensorInfo
+from step_megatron.checkpoint.writing import Value, write_index, write_items
+from step_megatron.runtime.megatron_reading import IndexReader
+from step_megatron.runtime.megatron_writing import saved_bytes
 
 
 def write_weights(
@@ -51,20 +51,28 @@ def write_weights(
     }
     state |= {item.unique_key: [item.data] for item in sharded.values() if isinstance(item, ShardedObject)}
 
-    def resolve(key: str) -> torch.Tensor:
-        tensor = read(names[key])
-        if tensor.shape != state[key].shape or tensor.dtype != state[key].dtype:
-            raise ValueError(f"{names[key]}: {tuple(tensor.shape)} {tensor.dtype}, the model has {tuple(state[key].shape)}")
-        written(names[key])
-        return tensor.contiguous()
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(state, is_coordinator=True)
+    (plan,), metadata = planner.create_global_plan([planner.create_local_plan()])
+
+    def values() -> Iterator[tuple[WriteItem, Value]]:
+        for item in plan.items:
+            key = item.index.fqn
+            if key not in names:
+                yield item, planner.resolve_data(item)
+                continue
+            tensor = read(names[key])
+            if tensor.shape != state[key].shape or tensor.dtype != state[key].dtype:
+                raise ValueError(f"{names[key]}: {tuple(tensor.shape)} {tensor.dtype}, the model has {tuple(state[key].shape)}")
+            written(names[key])
+            yield item, tensor
+            # One tensor at a time: before the next is read.
+            del tensor
 
     directory.mkdir(parents=True, exist_ok=True)
-    # A file for every tensor: the writer keeps all tensors of a file until it is closed.
-    writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, thread_count=1)
-    dcp.save(state, storage_writer=writer, planner=_ReadWhenWritten(resolve), no_dist=True)
-    torch.save({"step": 0, _CONTENT_METADATA_KEY: distributed.LAYOUT}, directory / COMMON_STATE_FNAME)
-    # Last, as Megatron does: it makes the checkpoint a complete one.
-    save_config(CheckpointingConfig(*distributed.BACKEND), str(directory))
+    common = saved_bytes({"step": 0, _CONTENT_METADATA_KEY: distributed.LAYOUT})
+    sums = write_index(directory, metadata, common, [write_items(directory, 0, values())])
+    seal.write_seal(directory, sums, {"step": 0})
 
 
 class WeightsReader:
@@ -78,14 +86,16 @@ class WeightsReader:
         tensors: shape here (without the padding of a vocabulary) and type in the checkpoint, by full name.
 
     Raises:
-        CheckpointError: no complete checkpoint, or one of another model; names every parameter that does not fit.
+        CheckpointError: no complete checkpoint, a damaged one, or one of another model; names every file that is damaged, or
+            every parameter that does not fit.
     """
 
     def __init__(self, directory: Path, model: torch.nn.Module):
+        distributed.check_whole(directory)
         self._directory, self._places = directory, {}
         self.tensors: dict[str, TensorInfo] = {}
         described = _described(model, distributed.layout_of(directory))
-        self._reader = CachedMetadataFileSystemReader(str(directory))
+        self._reader = IndexReader(directory)
         saved = self._reader.read_metadata().state_dict_metadata
         wrong = []
         for name, item in described.items():
@@ -102,7 +112,7 @@ class WeightsReader:
                 self._places[name] = (item.key, shard.global_offset, shard.prepend_axis_num)
                 self.tensors[name] = TensorInfo(tuple(item.data.shape), there.properties.dtype)
         if wrong:
-            raise distributed.CheckpointError("\n  ".join([f"{directory}: not a checkpoint of this model:", *wrong]))
+            raise CheckpointError("\n  ".join([f"{directory}: not a checkpoint of this model:", *wrong]))
 
     def read(self, name: str) -> torch.Tensor:
         """The whole parameter with this full name.
@@ -116,7 +126,7 @@ class WeightsReader:
             dcp.load({key: _Region(offsets, tensor)}, storage_reader=self._reader, planner=_RegionPlanner(), no_dist=True)
         except (CheckpointException, OSError, RuntimeError, ValueError) as error:
             said = str(error).strip().splitlines()[-1]
-            raise distributed.CheckpointError(f"{self._directory}: {name} cannot be read: {said}") from error
+            raise CheckpointError(f"{self._directory}: {name} cannot be read: {said}") from error
         return tensor.view(info.shape)
 
 
@@ -146,19 +156,6 @@ class _RegionPlanner(dcp.DefaultLoadPlanner):
 def _fits(saved: tuple[int, ...], wanted: tuple[int, ...], padded: bool) -> bool:
     """Whether a saved tensor holds what is wanted; a vocabulary may hold padding besides."""
     return saved == wanted or (padded and saved[1:] == wanted[1:] and saved[0] > wanted[0])
-
-
-class _ReadWhenWritten(dcp.DefaultSavePlanner):
-    """Plans by the meta tensors of the state, and gets a tensor only when the writer wants its bytes."""
-
-    def __init__(self, read: Callable[[str], torch.Tensor]):
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._read = read
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            return super().resolve_data(write_item)
-        return self._read(write_item.index.fqn)
 
 
 def _described(model: torch.nn.Module, layout: dict[str, Any]) -> dict[str, Any]:

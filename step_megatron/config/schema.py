@@ -139,8 +139,15 @@ class TrainingConfig:
     wsd_decay_steps: int = 0
     # Steps between two checkpoints; 0 saves at the end only (and when the run is told to stop).
     save_interval: int = 0
+    # Write checkpoints beside the training, from a copy in host memory (as large as the rank's part of one); off: stop for it.
+    async_save: bool = True
     # Newest checkpoints that stay on disk; 0 keeps them all.
     keep_checkpoints: int = 0
+    # Beside them, for good: those of every so many steps (0: none), and the one with the lowest validation loss.
+    keep_checkpoint_every: int = 0
+    keep_best_checkpoint: bool = False
+    # When the newest checkpoint is damaged: set it aside and go on from the newest whole one, or refuse to go on.
+    damaged_checkpoint: Literal["set-aside", "refuse"] = "set-aside"
     # Steps between two measurements of the validation loss; 0 measures at the end only.
     validation_interval: int = 0
     # Micro-batches of one measurement over all data-parallel ranks; the same ones each time.

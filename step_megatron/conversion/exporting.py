@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from step_megatron.checkpoint.distributed import CheckpointError, checkpoint_root, latest_checkpoint
+from step_megatron.checkpoint.directory import CheckpointError, checkpoint_at, checkpoint_root, latest_checkpoint, steps_in
 from step_megatron.checkpoint.safetensors_files import SafetensorsFiles, TensorInfo, write_safetensors
 from step_megatron.checkpoint.streamed import WeightsReader
 from step_megatron.config.load import RUN_CONFIG, load_config
@@ -29,7 +29,6 @@ from step_megatron.conversion.importing import ADAPTOR, LANGUAGE_MODEL, meta_mod
 from step_megatron.conversion.provenance import copy_licences, history
 from step_megatron.conversion.sources import ConversionError, CTranslate2Encoder, Source
 from step_megatron.conversion.tokenizer_files import NAMES
-from step_megatron.data.folders import whole_folder
 from step_megatron.data.tokenizer import Tokenizer
 from step_megatron.evaluation.load import inference_config
 from step_megatron.model.adaptor import adaptor_entries
@@ -37,6 +36,7 @@ from step_megatron.model.decoder import transformer_config
 from step_megatron.model.huggingface import EMBEDDING, decoder_entries
 from step_megatron.model.mapping import Entry, problems
 from step_megatron.model.whisper import encoder_entries, encoder_prefix, huggingface_name
+from step_megatron.runtime.folders import whole_folder
 from step_megatron.runtime.progress import Progress
 
 LAYOUTS = ("step-audio", "qwen2-audio", "qwen2", "llama")
@@ -207,9 +207,9 @@ def _checkpoint(run_dir: Path, step: int | None) -> Path:
     if step is None:
         found = latest_checkpoint(run_dir)
     else:
-        found = checkpoint_root(run_dir) / f"step_{step:08d}"
+        found = checkpoint_at(checkpoint_root(run_dir), step)
     if found is None or not found.is_dir():
-        there = ", ".join(sorted(path.name for path in checkpoint_root(run_dir).glob("step_*"))) or "none"
+        there = ", ".join(path.name for path in steps_in(checkpoint_root(run_dir)).values()) or "none"
         raise CheckpointError(f"{run_dir}: no such checkpoint; there are: {there}")
     return found
 

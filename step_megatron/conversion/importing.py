@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from step_megatron.checkpoint.distributed import LATEST, checkpoint_root
+from step_megatron.checkpoint.directory import checkpoint_root, point_to
 from step_megatron.checkpoint.safetensors_files import TensorInfo, write_safetensors
 from step_megatron.checkpoint.streamed import write_weights
 from step_megatron.config.load import RUN_CONFIG, save
@@ -30,7 +30,6 @@ from step_megatron.conversion import provenance
 from step_megatron.conversion.layouts import Foreign, recognise
 from step_megatron.conversion.sources import ConversionError, Scratch, Source
 from step_megatron.conversion.tokenizer_files import Prepared, prepare
-from step_megatron.data.folders import whole_folder
 from step_megatron.model.adaptor import adaptor_entries
 from step_megatron.model.audio_lm import AudioLanguageModel, build_model, draw_adaptor
 from step_megatron.model.decoder import transformer_config
@@ -39,6 +38,7 @@ from step_megatron.model.mapping import Entry, problems
 from step_megatron.model.whisper import encoder_entries
 from step_megatron.runtime import seeds
 from step_megatron.runtime.device import initialize, shutdown
+from step_megatron.runtime.folders import whole_folder
 from step_megatron.runtime.progress import Progress
 
 LANGUAGE_MODEL, ADAPTOR = "language_model.", "adaptor."
@@ -306,7 +306,7 @@ def _write(imported: Imported, folder: Path, out: Path, advance: Callable[[str],
     with meta_model(config) as model:
         dtypes = {name: imported.dtype(name) for name in (*imported.decoder, *imported.adaptor, *imported.drawn)}
         write_weights(root / _CHECKPOINT, model, dtypes, imported.read, written=advance)
-    (root / LATEST).write_text(_CHECKPOINT + "\n", encoding="utf-8")
+    point_to(root / _CHECKPOINT)
     save(config, folder / RUN_CONFIG)
 
 

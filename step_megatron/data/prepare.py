@@ -11,12 +11,12 @@ from itertools import chain
 from pathlib import Path
 
 from step_megatron.audio.index import ValidationReport, validate
-from step_megatron.data.folders import finish_partial, start_partial
 from step_megatron.data.recipes.build import build
 from step_megatron.data.recipes.transcripts import build_transcripts
 from step_megatron.data.schema import Conversation, read_conversations
 from step_megatron.data.template import encoded_texts
 from step_megatron.data.tokenizer import build_compact, compact_limit
+from step_megatron.runtime.folders import finish_partial, start_partial
 
 _TRAINED = ("train.jsonl", "text_train.jsonl")
 

@@ -20,7 +20,8 @@ from step_megatron.audio.encode_once import EncodedAudio, open_encoded_audio
 from step_megatron.audio.errors import AudioError
 from step_megatron.audio.front_end import LogMelFrontEnd, split_chunks
 from step_megatron.audio.index import INDEX_NAME, AudioIndex
-from step_megatron.checkpoint.distributed import latest_checkpoint, load_model_weights
+from step_megatron.checkpoint.directory import latest_checkpoint
+from step_megatron.checkpoint.distributed import load_model_weights
 from step_megatron.config.load import load_config
 from step_megatron.config.schema import Config
 from step_megatron.data.schema import Conversation

@@ -1,51 +1,19 @@
-"""What saving and loading needs of Megatron-Core 0.16.1 in particular: repairs of its distributed optimizer, and cheaper writing.
+"""Repairs of Megatron-Core 0.16.1's distributed optimizer that saving and loading its state needs.
 
 With torch's AdamW (no Transformer Engine, no apex) the distributed optimizer of this release cannot save before its first step,
 and cannot load: it looks for a `step` tensor among the saved moments, where it has not put one.
 """
 
-import queue
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 def optimizer_parts(optimizer: Any) -> list[Any]:
     """The optimizers that Megatron chains; those without parameters (a frozen stage) are left out."""
     return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if part.optimizer is not None]
-
-
-def write_in_process() -> None:
-    """Let synchronous saves write in this process.
-
-    Megatron forks a writer for each of a rank's files and starts a manager process for their results, which imports everything
-    anew: seconds of every rank, a hang in a program whose main module is not guarded, and forks of a process that holds GPU
-    contexts.
-    """
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_files)
-
-
-def _write_files(transforms: list, use_msc: bool, rank: int, buckets: list, results: queue.Queue) -> None:
-    """Write a rank's files, one thread each, and hand over `{number: results}`, or the exception of one that failed."""
-    written, running = queue.Queue(), queue.Queue()
-
-    def write(number: int, bucket: tuple) -> None:
-        running.put(number)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, bucket, written, running, use_fsync=True, use_msc=use_msc
-        )
-
-    with ThreadPoolExecutor(max(1, len(buckets))) as threads:
-        list(threads.map(write, range(len(buckets)), buckets))
-    outcomes = dict(written.get_nowait() for _ in buckets)
-    failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
-    results.put(failed[0] if failed else outcomes)
 
 
 def prepare_state(optimizer: Any) -> None:

@@ -33,7 +33,8 @@ class Trainer:
         next_batches: the micro-batches of the next step; every replica gets the same number.
         validation_batches: micro-batches of the validation set, the same at every call; None when none is configured.
         meter: sums up what a step did, between two lines of metrics.
-        save: writes a checkpoint of the current step.
+        save: writes a checkpoint of the current step, or begins to; takes the validation loss, if it was measured at this step.
+        saved: waits until the last checkpoint is complete; raises `CheckpointError` if it could not be written.
         report: takes the step and the values of one line of metrics.
         advance: called once a step, for the progress display.
         close: ends what `report` writes to.
@@ -48,10 +49,11 @@ class Trainer:
     next_batches: Callable[[], list[TrainingBatch]]
     validation_batches: Callable[[], list[TrainingBatch]] | None
     meter: Meter
-    save: Callable[["Trainer"], None]
+    save: Callable[["Trainer", float | None], None]
     report: Callable[[int, dict[str, float]], None]
     advance: Callable[[int, dict[str, float]], None]
     interruption: Interruption
+    saved: Callable[[], None] = lambda: None
     close: Callable[[], None] = lambda: None
     step: int = 0
     last: dict[str, float] = field(default_factory=dict)
@@ -111,22 +113,24 @@ def validation_loss(trainer: Trainer) -> dict[str, float]:
 def train(trainer: Trainer) -> None:
     """Step until the run's last step, or until a signal asks to stop; saves, validates and reports on the way."""
     training, log_interval = trainer.config.training, trainer.config.run.log_interval
-    while trainer.step < training.steps:
+    stopping = False
+    while trainer.step < training.steps and not stopping:
         training_step(trainer)
         step, last = trainer.step, trainer.step == training.steps
         stopping = trainer.interruption.agreed()
         saving = last or stopping or _due(step, training.save_interval)
         validating = trainer.validation_batches is not None and (last or _due(step, training.validation_interval))
+        measured: dict[str, float] = {}
         if last or validating or _due(step, log_interval):
             values = trainer.meter.flush(learning_rate(trainer.optimizer))
-            values |= validation_loss(trainer) if validating else {}
+            measured = validation_loss(trainer) if validating else {}
+            values |= measured
             trainer.report(step, values)
             trainer.last |= values
         if saving:
-            trainer.save(trainer)
+            trainer.save(trainer, measured.get("validation_loss"))
         trainer.advance(step, trainer.last)
-        if stopping:
-            return
+    trainer.saved()
 
 
 def _due(step: int, interval: int) -> bool:

@@ -6,7 +6,7 @@ A run directory holds all there is to know about a run:
 
     config.yaml, run.json      the resolved configuration; versions, layout and seed
     metrics.jsonl, tensorboard one line every `run.log_interval` steps
-    checkpoints/               see `checkpoint.distributed`
+    checkpoints/               see `checkpoint.directory`
     quarantine.jsonl           clips that failed while training, samples that are left out
 
 Calling it again on the same directory goes on from the newest checkpoint: the same batches, the same numbers as without the stop.
@@ -14,7 +14,7 @@ Calling it again on the same directory goes on from the newest checkpoint: the s
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,10 @@ import torch.distributed as dist
 from step_megatron.audio.cache import EncodedClip
 from step_megatron.audio.encode_once import EncodedAudio
 from step_megatron.audio.index import AudioIndex
-from step_megatron.checkpoint.distributed import latest_checkpoint, load_checkpoint, save_checkpoint
+from step_megatron.checkpoint.directory import Retention, latest_checkpoint
+from step_megatron.checkpoint.distributed import load_checkpoint
+from step_megatron.checkpoint.recovery import newest_good
+from step_megatron.checkpoint.saving import Checkpoints
 from step_megatron.config.load import ConfigError
 from step_megatron.config.schema import Config
 from step_megatron.data.loader import MixtureLoader
@@ -83,9 +86,11 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
     if not config.data.sources:
         raise ConfigError("data.sources is empty; name at least one source: [{name: speech, path: train.jsonl, weight: 1}]")
     tokenizer = load_tokenizer(config)
-    checkpoint = latest_checkpoint(config.run.dir)
+    checkpoint = newest_good(config.run.dir, refuse_damaged=config.training.damaged_checkpoint == "refuse")
     if checkpoint is not None:
         check_record(config, runtime)
+    # Before anything takes long: it is an error where nothing can be written.
+    checkpoints = _checkpoints(config, runtime)
     index = AudioIndex.load(config.data.index) if config.data.index else None
     loader, validation = _loaders(config, tokenizer, index, runtime)
     clips = loader.sources.clips + (validation.sources.clips if validation else 0)
@@ -104,12 +109,15 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
     )
     step = 0
     if checkpoint is not None:
-        step, extra = load_checkpoint(checkpoint, state.model, state.optimizer, state.scheduler)
+        step, extra = load_checkpoint(checkpoint, state.model, state.optimizer, state.scheduler, verified=True)
         loader.load_state_dict(extra["loader"])
         meter.load_state_dict(extra["meter"])
         logger.info("going on from %s", checkpoint)
     on_device = partial(_on_device, audio=audio, sources=sources, encoder_width=config.encoder.width, runtime=runtime)
     metrics = MetricsWriter(config.run.dir, config, step)
+    ending = ExitStack()
+    ending.callback(checkpoints.close)
+    ending.callback(metrics.close)
     return Trainer(
         config=config,
         runtime=runtime,
@@ -120,11 +128,12 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
         next_batches=lambda: on_device(loader.next_step()),
         validation_batches=_validation_batches(validation, on_device) if validation else None,
         meter=meter,
-        save=partial(_save, loader=loader),
+        save=partial(_save, checkpoints=checkpoints, loader=loader),
+        saved=checkpoints.wait,
         report=metrics.write,
         advance=lambda step, values: None,
         interruption=interruption,
-        close=metrics.close,
+        close=ending.close,
         step=step,
     )
 
@@ -220,14 +229,13 @@ def _validation_batches(
     return lambda: on_device(micro_batches)
 
 
-def _save(trainer: Trainer, loader: MixtureLoader) -> None:
+def _checkpoints(config: Config, runtime: Runtime) -> Checkpoints:
+    training = config.training
+    retention = Retention(training.keep_checkpoints, training.keep_checkpoint_every, training.keep_best_checkpoint)
+    return Checkpoints(config.run.dir, retention, training.async_save, runtime.timeout)
+
+
+def _save(trainer: Trainer, validation_loss: float | None, checkpoints: Checkpoints, loader: MixtureLoader) -> None:
+    extra = {"loader": loader.state_dict(), "meter": trainer.meter.state_dict()}
     with settled_parameters(trainer.model):
-        save_checkpoint(
-            trainer.config.run.dir,
-            trainer.step,
-            trainer.model,
-            trainer.optimizer,
-            trainer.scheduler,
-            {"loader": loader.state_dict(), "meter": trainer.meter.state_dict()},
-            keep=trainer.config.training.keep_checkpoints,
-        )
+        checkpoints.save(trainer.step, trainer.model, trainer.optimizer, trainer.scheduler, extra, validation_loss)

@@ -9,7 +9,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
-from step_megatron.checkpoint.distributed import CheckpointError, latest_checkpoint, load_model_weights
+from step_megatron.checkpoint.directory import CheckpointError, latest_checkpoint
+from step_megatron.checkpoint.distributed import load_model_weights
 from step_megatron.config.schema import Config
 from step_megatron.model.audio_lm import build_model
 from step_megatron.model.decoder import transformer_config

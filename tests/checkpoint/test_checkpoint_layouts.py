@@ -4,7 +4,7 @@ import pytest
 import torch
 from parallel.layouts import load_and_train, load_weights, train_and_save
 
-from step_megatron.checkpoint.distributed import CheckpointError, checkpoint_root, latest_checkpoint
+from step_megatron.checkpoint.directory import CheckpointError, checkpoint_root, latest_checkpoint
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -108,7 +108,7 @@ def test_an_interrupted_save_leaves_the_newest_complete_checkpoint(saved_by_tp2_
 
 def test_a_directory_without_a_complete_checkpoint_is_refused(worker_pool, tmp_path):
     assert latest_checkpoint(tmp_path) is None
-    with pytest.raises(AssertionError, match="no complete checkpoint here"):
+    with pytest.raises(AssertionError, match="is not whole: seal.json is missing, so it was not completed"):
         worker_pool(1).run(load_weights, {"transformer": {}, "directory": str(tmp_path)})
 
 

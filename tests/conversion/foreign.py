@@ -153,7 +153,8 @@ def same_bits(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 def loaded(run_dir: Path, transformer: dict | None = None):
     """The model of an imported run, in the layout of the processes that call this."""
-    from step_megatron.checkpoint.distributed import latest_checkpoint, load_model_weights
+    from step_megatron.checkpoint.directory import latest_checkpoint
+    from step_megatron.checkpoint.distributed import load_model_weights
     from step_megatron.config import load_config
     from step_megatron.model.audio_lm import build_model
     from step_megatron.runtime.device import initialize

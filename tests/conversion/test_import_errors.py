@@ -8,7 +8,7 @@ from conversion import foreign
 from safetensors.torch import save_file
 
 from step_megatron import cli
-from step_megatron.checkpoint.distributed import CheckpointError
+from step_megatron.checkpoint.directory import CheckpointError
 from step_megatron.config import load_config
 from step_megatron.conversion.exporting import export_run
 from step_megatron.conversion.importing import import_model

@@ -2,6 +2,7 @@
 
 import base64
 import itertools
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,7 +60,7 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained(tokenizer_dir, tmp_path_factory) -> SimpleNamespace:
     """`run`: directory of a run trained as TP2 by its configuration; `data`: its data directory."""
-    from step_megatron.checkpoint.distributed import save_checkpoint
+    from step_megatron.checkpoint.saving import Checkpoints
     from step_megatron.runtime.device import initialize, shutdown
     from step_megatron.training.state import build_state
 
@@ -85,7 +86,8 @@ def trained(tokenizer_dir, tmp_path_factory) -> SimpleNamespace:
     )
     runtime = initialize(config)
     state = build_state(config, runtime.control_group)
-    save_checkpoint(run, 1, state.model, state.optimizer, state.scheduler, {})
+    with closing(Checkpoints(run)) as checkpoints:
+        checkpoints.save(1, state.model, state.optimizer, state.scheduler, {})
     shutdown()
     config.megatron.transformer |= {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     save(config, run / "config.yaml")

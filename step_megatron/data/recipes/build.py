@@ -26,12 +26,12 @@ import soundfile
 from step_megatron.audio.errors import AudioError
 from step_megatron.audio.front_end import LogMelFrontEnd
 from step_megatron.audio.geometry import SAMPLE_RATE
-from step_megatron.data.folders import finish_partial, remove_leftovers, start_partial
 from step_megatron.data.recipes import asterisk, conversations, espeak, gcin, reasoning, sounds, tuxpaint
 from step_megatron.data.recipes.check import check_splits
 from step_megatron.data.recipes.clip import Clip, choose, normalise
 from step_megatron.data.recipes.measure import measure
 from step_megatron.data.schema import SPLITS, Conversation, write_conversations
+from step_megatron.runtime.folders import finish_partial, remove_leftovers, start_partial
 
 # Clips wanted by split, and the share of the audio budget, at the full size.
 PLAN = {

@@ -1,0 +1,138 @@
+"""Megatron's `torch_dist` checkpoints, read without executing anything that is in them.
+
+A checkpoint has three kinds of pickles, and Megatron-Core 0.16.1 and torch read two of them as they are:
+
+    common.pt        `torch.load`, restricted to plain values and tensors unless an environment variable says otherwise
+    .metadata        `pickle.load`: here only the classes of the index itself may be named
+    __0_0.distcp     tensors, restricted by torch; objects (random states), `torch.load(weights_only=False)`: here restricted too
+"""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import torch as strategies
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+from step_megatron.errors import UserError
+
+_INDEX = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+        *("TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    # Megatron's own writer keeps the plans of all ranks, and a path, in its index.
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"},
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "Path"},
+}
+
+
+class UnsafeCheckpoint(UserError, RuntimeError):
+    """A checkpoint that holds what no checkpoint needs; the message names the file and what it is."""
+
+
+def load(state: dict[str, Any], directory: Path, **options: Any) -> dict[str, Any]:
+    """`dist_checkpointing.load`, safely; arguments as there."""
+    return dist_checkpointing.load(state, str(directory), _ShardedStrategy(), _CommonStrategy(), **options)
+
+
+def load_common(directory: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors and objects of single ranks.
+
+    Raises:
+        UnsafeCheckpoint: it is no plain values and tensors.
+    """
+    return _CommonStrategy().load_common(directory)
+
+
+class IndexReader(FileSystemReader):
+    """torch's reader of a checkpoint; the index is read once, and only if it is nothing but an index."""
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self._index: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index.
+
+        Raises:
+            UnsafeCheckpoint: it names a function, an unknown class, or a file outside of the checkpoint.
+        """
+        if self._index is None:
+            path = Path(self.path) / ".metadata"
+            with path.open("rb") as file:
+                self._index = _IndexUnpickler(file, path).load()
+            places = (self._index.storage_data or {}).values()
+            if outside := {place.relative_path for place in places if Path(place.relative_path).name != place.relative_path}:
+                raise UnsafeCheckpoint(f"{path}: names a file that is not in the folder: {min(outside)!r}; do not use it")
+        return self._index
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def __init__(self, file: IO[bytes], path: Path):
+        super().__init__(file)
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _INDEX.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise UnsafeCheckpoint(
+            f"{self._path}: asks for {module}.{name}, which has no place in an index of tensors; do not use this checkpoint, "
+            "whoever made it may have meant harm"
+        )
+
+
+class _CommonStrategy(TorchCommonLoadStrategy):
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        return _restricted(Path(checkpoint_dir) / COMMON_STATE_FNAME, Path(checkpoint_dir) / COMMON_STATE_FNAME)
+
+
+class _ShardedStrategy(strategies.TorchDistLoadShardedStrategy):
+    """Megatron's, with the reader and the planner of this file in place of those that it makes for itself."""
+
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
+        class Planner(strategies.MCoreLoadPlanner):
+            def load_bytes(self, read_item: ReadItem, value: IO[bytes]) -> None:
+                name = read_item.dest_index.fqn
+                set_element(self.original_state_dict, self.mappings[name], _restricted(value, f"{checkpoint_dir}: {name}"))
+
+        def reader(directory: str | Path, cache_metadata: bool = False) -> IndexReader:
+            return IndexReader(directory)
+
+        with _replaced(strategies, _get_filesystem_reader=reader, MCoreLoadPlanner=Planner):
+            return super().load(sharded_state_dict, checkpoint_dir)
+
+
+def _restricted(file: Path | IO[bytes], what: Path | str) -> Any:
+    """Plain values and tensors."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        said = str(error).split("Check the documentation")[0].split("\n\t")[-1].strip()
+        raise UnsafeCheckpoint(
+            f"{what}: holds something other than plain values and tensors ({said}); do not use this checkpoint, whoever made it "
+            "may have meant harm"
+        ) from error
+
+
+@contextmanager
+def _replaced(module: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in values}
+    vars(module).update(values)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
