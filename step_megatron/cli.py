@@ -22,10 +22,11 @@ BENCHED_PARTS = {
     "train-step": "train_step",
     "generate": "generate",
     "shares": "shares",
+    "checkpoint": "checkpoint",
     "import": "import_speed",
 }
 # Those that have no peer in transformers.
-_WITHOUT_PEER = ("shares", "import")
+_WITHOUT_PEER = ("shares", "checkpoint", "import")
 # Layouts that `convert export` writes.
 EXPORTED = ("step-audio", "qwen2-audio", "qwen2", "llama")
 # The ops of `step_kernels.bench.OPS`, which is not imported for a list of commands: it brings torch.
@@ -227,7 +228,7 @@ def _add_bench(commands) -> None:
     parser.add_argument("--repeats", type=int, help="rounds (default: 5; of an op 15, fewer where one takes long)")
     parser.add_argument("--clips", type=int, help="clips in the sample")
     parser.add_argument("--gigabytes", type=float, help="of import: size of the checkpoint (default: 1.2)")
-    parser.add_argument("--preset", default="tiny", help="of shares: the model whose step is divided over its parts")
+    parser.add_argument("--preset", help="of shares and checkpoint: the model (default: tiny, and smol-135m)")
     parser.add_argument("--out", type=Path, help="folder of an op's CSV and plot, or to import into (default: runs/bench)")
     parser.add_argument("--device", help="of an op (default: cuda where there is one, else cpu)")
     parser.add_argument("--choose", action="store_true", help="of attention: use the fastest backend on this device from now on")

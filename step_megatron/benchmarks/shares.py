@@ -75,7 +75,8 @@ def run(options: Namespace) -> dict:
         better kernel of rope, rms_norm or swiglu could save at most.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    overrides = [f"model.preset={options.preset}", f"run={{device: {device.type}, seed: 1, threads: 1}}"]
+    preset = options.preset or "tiny"
+    overrides = [f"model.preset={preset}", f"run={{device: {device.type}, seed: 1, threads: 1}}"]
     config = load_config(None, [*train_step.OVERRIDES, *overrides])
     samples = train_step.make_samples(options.clips or _SAMPLES)
     before = torch.get_num_threads()
@@ -89,10 +90,10 @@ def run(options: Namespace) -> dict:
     finally:
         shutdown()
         torch.set_num_threads(before)
-    result = {"name": "shares", "preset": options.preset, "threads": 1, "device": str(device), "passes": {}}
+    result = {"name": "shares", "preset": preset, "threads": 1, "device": str(device), "passes": {}}
     for name, each in measured.items():
         result["passes"][name] = each.summary(floor if name != "generation" else {})
-        print(_table(f"{options.preset}, {name}", result["passes"][name]))
+        print(_table(f"{preset}, {name}", result["passes"][name]))
     return result
 
 

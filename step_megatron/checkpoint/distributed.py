@@ -164,6 +164,8 @@ def load_state(state: dict[str, Any], directory: str | Path, **options: Any) -> 
     """
     try:
         return megatron_reading.load(state, Path(directory), **options)
+    except megatron_reading.UnsafeCheckpoint:
+        raise
     except (CheckpointingException, CheckpointException, RuntimeError, KeyError, ValueError) as error:
         # Errors of other ranks arrive as the text of their tracebacks: the last line says what is wrong.
         raise CheckpointError(f"{directory}: does not fit this model: {str(error).strip().splitlines()[-1]}") from error

@@ -8,6 +8,7 @@ A checkpoint has three kinds of pickles, and Megatron-Core 0.16.1 and torch read
 """
 
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies import torch as strategies
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
@@ -45,8 +47,21 @@ class UnsafeCheckpoint(UserError, RuntimeError):
 
 
 def load(state: dict[str, Any], directory: Path, **options: Any) -> dict[str, Any]:
-    """`dist_checkpointing.load`, safely; arguments as there."""
-    return dist_checkpointing.load(state, str(directory), _ShardedStrategy(), _CommonStrategy(), **options)
+    """`dist_checkpointing.load`, safely; arguments as there.
+
+    Raises:
+        UnsafeCheckpoint: some pickle in it is not what it has to be.
+        CheckpointException, and others: as `dist_checkpointing.load`.
+    """
+    try:
+        return dist_checkpointing.load(state, str(directory), _ShardedStrategy(), _CommonStrategy(), **options)
+    except CheckpointException as error:
+        for cause, _ in error.failures.values():
+            if isinstance(cause, UnsafeCheckpoint):
+                raise cause from error
+            if isinstance(cause, pickle.UnpicklingError):
+                raise _unsafe(f"{directory}: a tensor of it", cause) from error
+        raise
 
 
 def load_common(directory: Path) -> dict[str, Any]:
@@ -74,10 +89,11 @@ class IndexReader(FileSystemReader):
         if self._index is None:
             path = Path(self.path) / ".metadata"
             with path.open("rb") as file:
-                self._index = _IndexUnpickler(file, path).load()
-            places = (self._index.storage_data or {}).values()
+                index = _IndexUnpickler(file, path).load()
+            places = (index.storage_data or {}).values()
             if outside := {place.relative_path for place in places if Path(place.relative_path).name != place.relative_path}:
                 raise UnsafeCheckpoint(f"{path}: names a file that is not in the folder: {min(outside)!r}; do not use it")
+            self._index = index
         return self._index
 
 
@@ -109,10 +125,10 @@ class _ShardedStrategy(strategies.TorchDistLoadShardedStrategy):
                 name = read_item.dest_index.fqn
                 set_element(self.original_state_dict, self.mappings[name], _restricted(value, f"{checkpoint_dir}: {name}"))
 
-        def reader(directory: str | Path, cache_metadata: bool = False) -> IndexReader:
-            return IndexReader(directory)
-
-        with _replaced(strategies, _get_filesystem_reader=reader, MCoreLoadPlanner=Planner):
+        # Before torch does: from an index that cannot be read it goes on to look for others.
+        reader = IndexReader(checkpoint_dir)
+        reader.read_metadata()
+        with _replaced(strategies, _get_filesystem_reader=lambda *_, **__: reader, MCoreLoadPlanner=Planner):
             return super().load(sharded_state_dict, checkpoint_dir)
 
 
@@ -121,11 +137,16 @@ def _restricted(file: Path | IO[bytes], what: Path | str) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        said = str(error).split("Check the documentation")[0].split("\n\t")[-1].strip()
-        raise UnsafeCheckpoint(
-            f"{what}: holds something other than plain values and tensors ({said}); do not use this checkpoint, whoever made it "
-            "may have meant harm"
-        ) from error
+        raise _unsafe(what, error) from error
+
+
+def _unsafe(what: Path | str, error: pickle.UnpicklingError) -> UnsafeCheckpoint:
+    asked = re.search(r"GLOBAL (\S+)", str(error))
+    said = f"it asks for {asked[1]}" if asked else str(error).splitlines()[0]
+    return UnsafeCheckpoint(
+        f"{what}: holds something other than plain values and tensors ({said}); do not use this checkpoint, whoever made it may "
+        "have meant harm"
+    )
 
 
 @contextmanager

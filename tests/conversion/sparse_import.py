@@ -57,19 +57,11 @@ class SparseStream:
     def __getattr__(self, name):
         return getattr(self.file, name)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.file.close()
-
 
 def main(folder: Path, layers: int, width: int, ffn: int, heads: int, groups: int, vocabulary: int) -> None:
-    from contextlib import contextmanager
     from unittest import mock
 
-    from torch.distributed.checkpoint.filesystem import FileSystem
-
+    from step_megatron.checkpoint import seal
     from step_megatron.conversion.exporting import export_run
     from step_megatron.conversion.importing import import_model
 
@@ -84,20 +76,11 @@ def main(folder: Path, layers: int, width: int, ffn: int, heads: int, groups: in
     (source / "config.json").write_text(json.dumps(tree))
     total = write_holes(source, step_audio_shapes(tree, inner=2048, ffn=5120))
 
-    @contextmanager
-    def sparse(self, path, mode):
-        if mode == "wb":
-            with SparseStream(path) as stream:
-                yield stream
-        else:
-            with open(path, mode) as stream:
-                yield stream
-
     def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
     before, started = peak(), time.perf_counter()
-    with mock.patch.object(FileSystem, "create_stream", sparse):
+    with mock.patch.object(seal, "open", lambda path, mode, buffering: SparseStream(path), create=True):
         summary = import_model(source, folder / "run")
     seconds = time.perf_counter() - started
     if layers < 64:
