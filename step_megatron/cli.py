@@ -42,7 +42,13 @@ BENCHED_OPS = (
     "linear-cross-entropy",
 )
 # Options of `bench` that only some have.
-_OPTIONS = {"choose": BENCHED_OPS, "device": BENCHED_OPS, "out": (*BENCHED_OPS, "import"), "gigabytes": ("import",)}
+_OPTIONS = {
+    "choose": BENCHED_OPS,
+    "device": BENCHED_OPS,
+    "out": (*BENCHED_OPS, "import", "checkpoint"),
+    "gigabytes": ("import",),
+    "preset": ("shares", "checkpoint"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -229,7 +235,7 @@ def _add_bench(commands) -> None:
     parser.add_argument("--clips", type=int, help="clips in the sample")
     parser.add_argument("--gigabytes", type=float, help="of import: size of the checkpoint (default: 1.2)")
     parser.add_argument("--preset", help="of shares and checkpoint: the model (default: tiny, and smol-135m)")
-    parser.add_argument("--out", type=Path, help="folder of an op's CSV and plot, or to import into (default: runs/bench)")
+    parser.add_argument("--out", type=Path, help="folder of an op's CSV and plot, or to write into (default: runs/bench)")
     parser.add_argument("--device", help="of an op (default: cuda where there is one, else cpu)")
     parser.add_argument("--choose", action="store_true", help="of attention: use the fastest backend on this device from now on")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")

@@ -2,7 +2,7 @@
 
 One process, `smol-135m` (or `--preset`), about 4,096 tokens a step, features of the clips at hand: nothing in the step but the
 decoder's and the adaptor's own work. A round is one step alone; a save that goes on beside two steps; and a save that the
-training stops for. The checkpoints go into the system's folder for temporary files (TMPDIR names another), synced to its disk.
+training stops for. The checkpoints go into a folder that is deleted afterwards, synced to its disk.
 """
 
 import statistics
@@ -53,7 +53,8 @@ def run(options: Namespace) -> dict:
     """Measure, print a table, and return the figures.
 
     Args:
-        options: `repeats` (rounds), `clips` (samples of a step, None for 65: 4k tokens), `preset` (None for `smol-135m`).
+        options: `repeats` (rounds), `clips` (samples of a step, None for 65: 4k tokens), `preset` (None for `smol-135m`), `out`
+            (where the folder is made, None for `runs/bench`).
 
     Returns:
         `{"name", "ratio", "low", "high", "limit", ...}`: share of a step that an asynchronous save takes (median, lowest and
@@ -67,7 +68,9 @@ def run(options: Namespace) -> dict:
     runtime = initialize(config)
     try:
         ours = train_step.Ours(config, build_encoder(config.encoder, seed=1), samples, runtime, _MICRO_BATCH)
-        with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as folder:
+        place = options.out or Path("runs/bench")
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=place) as folder:
             first, rounds, size = _measure(ours, Path(folder), options.repeats)
     finally:
         shutdown()

@@ -8,6 +8,7 @@ from step_megatron.checkpoint.directory import CheckpointError, checkpoint_root,
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
 VPP2 = {"virtual_pipeline_model_parallel_size": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 
@@ -36,7 +37,7 @@ def test_weights_are_the_same_bits_in_another_layout(processes, transformer, wor
 
 @pytest.mark.parametrize(
     ("processes", "transformer", "exact"),
-    [(4, TP2 | PP2, True), (1, {}, False), (2, PP2, False), (2, TP2, False), (2, PP2 | VPP2, False)],
+    [(4, TP2 | PP2, True), (1, {}, False), (2, PP2, False), (2, TP2, False), (2, PP2 | VPP2, False), (2, CP2, False)],
 )
 def test_the_next_step_is_that_of_the_run_that_went_on(processes, transformer, exact, worker_pool, saved_by_tp2_pp2):
     run_dir, written = saved_by_tp2_pp2
@@ -68,6 +69,22 @@ def test_the_distributed_optimizer_goes_on_and_changes_its_number_of_ranks(steps
     alone = worker_pool(1).run(load_and_train, kwargs)[0]
     assert same(alone["saved"], written["saved"])
     assert closeness(alone["after"], written["after"]) < 5e-5
+
+
+@pytest.mark.parametrize(("processes", "transformer"), [(4, {}), (4, TP2), (2, PP2), (2, CP2)])
+def test_the_distributed_optimizer_moves_to_more_ranks_and_other_layouts(processes, transformer, worker_pool, by_dp2):
+    run_dir, written = by_dp2
+    kwargs = {"transformer": transformer, "optimizer": "adam", "ddp": DISTRIBUTED, "run_dir": run_dir}
+    resumed = worker_pool(processes).run(load_and_train, kwargs)[0]
+    assert same(resumed["saved"], written["saved"])
+    assert closeness(resumed["after"], written["after"]) < 5e-5
+
+
+@pytest.fixture(scope="module")
+def by_dp2(worker_pool, tmp_path_factory):
+    run_dir = str(tmp_path_factory.mktemp("dp2"))
+    kwargs = {"transformer": {}, "optimizer": "adam", "ddp": DISTRIBUTED, "steps": 2, "run_dir": run_dir}
+    return run_dir, worker_pool(2).run(train_and_save, kwargs)[0]
 
 
 # Under PP2 this freezes all of the first stage: rank 0 has an optimizer without parameters.

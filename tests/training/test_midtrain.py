@@ -1,5 +1,6 @@
 """Mid-training from a configuration: it learns, stops on a signal, and goes on as if it had never stopped."""
 
+import errno
 import json
 import math
 import shutil
@@ -10,7 +11,8 @@ import pytest
 from training.toy_run import encode_clips, overrides, train, write_data
 
 from step_megatron.audio.index import AudioIndex
-from step_megatron.checkpoint.directory import checkpoint_root, latest_checkpoint
+from step_megatron.checkpoint import saving
+from step_megatron.checkpoint.directory import CheckpointError, checkpoint_root, latest_checkpoint, steps_in
 from step_megatron.config import ConfigError, load_config
 from step_megatron.runtime.device import initialize, shutdown
 from step_megatron.runtime.metrics import MetricsWriter, read_metrics
@@ -95,6 +97,49 @@ def test_a_signal_to_one_rank_stops_all_and_another_layout_goes_on(worker_pool, 
 
 
 @pytest.mark.parametrize("stop", [2, 3, 5])
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_it(worker_pool, data, uninterrupted, tmp_path):
+    kwargs = {"data": data, "run_dir": str(tmp_path), "extra": ("training.save_interval=2",)}
+    stopped = worker_pool(1).run(train, kwargs | {"signal_at": 4})[0]
+    file = max(Path(stopped["checkpoint"]).glob("*.distcp"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-100])
+    assert worker_pool(1).run(train, kwargs)[0]["steps"] == 6
+    assert (checkpoint_root(tmp_path) / "damaged_step_00000004" / file.name).is_file()
+    assert lines(tmp_path) == lines(uninterrupted[0])
+
+
+@pytest.mark.parametrize("failing", [("step_00000004",), ("step_00000004", "step_00000006")])
+def test_a_failed_save_ends_a_run_only_if_it_was_the_last(failing, data, tmp_path, monkeypatch):
+    write = saving.write_items
+
+    def full(directory, *arguments):
+        if any(name in directory.name for name in failing):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(directory, *arguments)
+
+    monkeypatch.setattr(saving, "write_items", full)
+    kwargs = {"data": data, "run_dir": str(tmp_path), "extra": ("training.save_interval=2",)}
+    if len(failing) == 1:
+        assert Path(train(0, 1, **kwargs)["checkpoint"]).name == "step_00000006"
+    else:
+        with pytest.raises(CheckpointError, match="step_00000006 could not be saved: rank 0: No space left.*free some space"):
+            train(0, 1, **kwargs)
+        assert latest_checkpoint(tmp_path).name == "step_00000002"
+    assert not list(checkpoint_root(tmp_path).glob(".*"))
+
+
+def test_the_checkpoint_with_the_lowest_validation_loss_stays(worker_pool, data, tmp_path):
+    """The loss falls, but for what is measured at 6: there a learning rate beyond reason has spoilt the model."""
+    kwargs = {"data": data, "run_dir": str(tmp_path)}
+    kept = ("training.save_interval=1", "training.validation_interval=3", "training.keep_checkpoints=1")
+    kept += ("training.keep_best_checkpoint=true", "training.keep_checkpoint_every=4")
+    worker_pool(1).run(train, kwargs | {"extra": (*kept, "training.steps=3")})
+    spoilt = ("training.steps=6", "megatron.optimizer.lr=10.0", "training.lr_schedule=constant")
+    worker_pool(1).run(train, kwargs | {"extra": (*kept, *spoilt)})
+    losses = {line["step"]: line["validation_loss"] for line in lines(tmp_path) if "validation_loss" in line}
+    assert losses[3] < losses[6]
+    assert list(steps_in(checkpoint_root(tmp_path))) == [3, 4, 6]
+
+
 def test_lines_cover_the_steps_before_a_stop_too(stop, worker_pool, data, tmp_path):
     extra = ("run.log_interval=4", "training.validation_interval=0")
     for name, signal_at in (("whole", 0), ("stopped", stop)):
