@@ -17,7 +17,9 @@ from step_megatron.checkpoint import seal
 from step_megatron.checkpoint.directory import CheckpointError
 from step_megatron.runtime import megatron_checkpoint, megatron_reading, seeds
 from step_megatron.runtime.agreement import Ranks
+from step_megatron.runtime.progress import get_logger
 
+logger = get_logger(__name__)
 # How Megatron lays out the state: by parameter, not by rank, so that every parallel layout can read it. Each layer has a name of
 # its own: stacked over layers, moments could not be saved when only some layers are trained.
 LAYOUT = {
@@ -81,6 +83,8 @@ def load_checkpoint(
     scheduler.load_state_dict(loaded["scheduler"])
     if same_ranks:
         seeds.load_rng_state(loaded["random"])
+    else:
+        logger.info("%s was saved by %d ranks: random states are those of run.seed", directory, common["ranks"])
     return loaded["step"], loaded["extra"]
 
 
@@ -167,8 +171,11 @@ def load_state(state: dict[str, Any], directory: str | Path, **options: Any) -> 
     except megatron_reading.UnsafeCheckpoint:
         raise
     except (CheckpointingException, CheckpointException, RuntimeError, KeyError, ValueError) as error:
-        # Errors of other ranks arrive as the text of their tracebacks: the last line says what is wrong.
-        raise CheckpointError(f"{directory}: does not fit this model: {str(error).strip().splitlines()[-1]}") from error
+        # Errors of other ranks arrive as the text of their tracebacks: the last line says what is wrong, then all that there is.
+        said = str(error).strip().splitlines()[-1].split(" not in state dict:")[0][:400]
+        raise CheckpointError(
+            f"{directory}: does not fit this model: {said}; the model has to be the one that config.yaml of its run describes"
+        ) from error
 
 
 def _random_shard(states: dict[str, Any] | None) -> ShardedObject:

@@ -140,7 +140,7 @@ class Checkpoints:
         """Wait for the save in flight, and say so where the training has to."""
         if self._writing is None:
             return
-        if reason and not self._writing.done():
+        if reason and self._ranks.rank == 0 and not self._writing.done():
             logger.warning("waiting for the checkpoint before this one, which is not written yet when %s", reason)
         self._failure = self._writing.result()
         self._writing = None
