@@ -96,7 +96,6 @@ def test_a_signal_to_one_rank_stops_all_and_another_layout_goes_on(worker_pool, 
         assert line["loss"] == pytest.approx(reference["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("stop", [2, 3, 5])
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_it(worker_pool, data, uninterrupted, tmp_path):
     kwargs = {"data": data, "run_dir": str(tmp_path), "extra": ("training.save_interval=2",)}
     stopped = worker_pool(1).run(train, kwargs | {"signal_at": 4})[0]
@@ -140,6 +139,7 @@ def test_the_checkpoint_with_the_lowest_validation_loss_stays(worker_pool, data,
     assert list(steps_in(checkpoint_root(tmp_path))) == [3, 4, 6]
 
 
+@pytest.mark.parametrize("stop", [2, 3, 5])
 def test_lines_cover_the_steps_before_a_stop_too(stop, worker_pool, data, tmp_path):
     extra = ("run.log_interval=4", "training.validation_interval=0")
     for name, signal_at in (("whole", 0), ("stopped", stop)):
