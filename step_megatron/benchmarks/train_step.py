@@ -30,6 +30,7 @@ from step_megatron.audio.geometry import HOP_SAMPLES, chunk_frames
 from step_megatron.benchmarks.train_step_peer import PADDED_FRAMES, Peer, Sample
 from step_megatron.config import load_config
 from step_megatron.config.schema import Config
+from step_megatron.data.aspects import LossGroup
 from step_megatron.data.micro_batch import MicroBatch, Padding, assemble
 from step_megatron.data.template import AudioSpan, TokenizedSample
 from step_megatron.model.encoder import AudioEncoder, build_encoder
@@ -42,7 +43,7 @@ from step_megatron.training.state import build_state
 _SAMPLES = 64
 _TOKENS = 2048
 _AUDIO_ID = 1
-_SOURCE = "clips"
+_GROUP = LossGroup("clips")
 # The padded peer takes about the same time for every sample, so it gets every fourth one.
 _PADDED_STRIDE = 4
 OVERRIDES = (
@@ -162,7 +163,7 @@ class Ours:
         return loss
 
     def _batches(self, clips: dict[str, EncodedClip]) -> list[TrainingBatch]:
-        return [to_device(b, clips, (_SOURCE,), self.config.encoder.width, self.runtime) for b in self.micro_batches]
+        return [to_device(b, clips, (_GROUP,), self.config.encoder.width, self.runtime) for b in self.micro_batches]
 
     def _loss(self, batches: list[TrainingBatch], forward_only: bool = False) -> float:
         reports = run_schedule(self.state.model, batches, 1, forward_only)
@@ -179,9 +180,9 @@ def pack(samples: Sequence[Sample], config: Config, tokens: int = _TOKENS) -> li
         ids = [_AUDIO_ID] * audio + [*sample.question, *sample.reply]
         mask = [0] * (len(ids) - len(sample.reply)) + [1] * len(sample.reply)
         spans = (AudioSpan(str(i), 0, 0, audio),)
-        rendered.append(TokenizedSample(str(i), _SOURCE, np.array(ids, np.int32), np.array(mask, np.uint8), spans))
+        rendered.append(TokenizedSample(str(i), _GROUP.source, np.array(ids, np.int32), np.array(mask, np.uint8), spans))
     bins = first_fit_decreasing([len(each.input_ids) for each in rendered], tokens)
-    return [assemble([rendered[i] for i in items], [_SOURCE] * len(items), frames.__getitem__, Padding(), 0) for items in bins]
+    return [assemble([rendered[i] for i in items], [_GROUP] * len(items), frames.__getitem__, Padding(), 0) for items in bins]
 
 
 def _check(equal: Ours, peer: Peer, ours: Ours, samples: Sequence[Sample]) -> None:

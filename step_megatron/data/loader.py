@@ -14,6 +14,7 @@ from step_kernels.packing import balance_evenly
 
 from step_megatron.audio.geometry import ChunkFrames, chunk_frames, chunk_lengths
 from step_megatron.config.schema import Config
+from step_megatron.data.aspects import LossGroup
 from step_megatron.data.micro_batch import MicroBatch, Padding, assemble, drop_failed
 from step_megatron.data.mixture import Mixture, Source
 from step_megatron.data.packing import decoder_cost, plan_window, round_up
@@ -60,6 +61,7 @@ class MixtureLoader:
 
     Attributes:
         source_names: names of the sources, in order.
+        groups: what losses are summed by; those of all samples.
         mixture: what was drawn so far (`mixture.tokens`, `mixture.epochs()`).
         sources: their samples; `sources.left_out` are those that cannot be trained on.
 
@@ -98,6 +100,8 @@ class MixtureLoader:
         self.sources = TrainingSources(configured, config.data.index, has_tokens, config.data.quarantine_limit, quarantine)
         self.mixture = Mixture([Source(s.name, s.weight, self.sources.size(i)) for i, s in enumerate(configured)], self.seed)
         self.source_names = tuple(source.name for source in configured)
+        groups = [(name, aspect) for i, name in enumerate(self.source_names) for aspect in self.sources.aspects(i)]
+        self.groups = tuple(LossGroup(*group) for group in groups)
         for reason, count in Counter(self.sources.left_out.values()).items():
             _log.info("data: %d samples left out: %s", count, reason)
         self._origin = {
@@ -142,8 +146,8 @@ class MixtureLoader:
             return False
 
     def _assemble(self, items: list[_Drawn]) -> MicroBatch:
-        names = [self.source_names[item.source] for item in items]
-        batch = assemble([item.sample for item in items], names, self.clip_frames, self.padding, self.tokenizer.pad_id)
+        groups = [LossGroup(self.source_names[item.source], item.sample.aspect) for item in items]
+        batch = assemble([item.sample for item in items], groups, self.clip_frames, self.padding, self.tokenizer.pad_id)
         return batch.pin_memory() if self.pin else batch
 
     def _plan(self) -> None:

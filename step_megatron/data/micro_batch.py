@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from step_megatron.audio.geometry import ChunkFrames
+from step_megatron.data.aspects import LossGroup
 from step_megatron.data.packing import round_up
 from step_megatron.data.template import AudioSpan, TokenizedSample
 
@@ -35,7 +36,7 @@ class MicroBatch:
         audio_positions: int64 `[audio tokens]`, index into T of every `<audio_patch>`, in order.
         audio: the chunks in order; `start` is an index into T.
         encoder_frames: 25 Hz frames of every chunk.
-        sample_ids, sources: of each segment; a source by its name in the mixture.
+        sample_ids, groups: of each segment.
         padding: positions of the row that hold no token of a sample.
     """
 
@@ -49,7 +50,7 @@ class MicroBatch:
     audio: tuple[AudioSpan, ...]
     encoder_frames: tuple[int, ...]
     sample_ids: tuple[str, ...]
-    sources: tuple[str, ...]
+    groups: tuple[LossGroup, ...]
     padding: int
 
     def pin_memory(self) -> "MicroBatch":
@@ -91,7 +92,7 @@ class Padding:
 
 def assemble(
     samples: Sequence[TokenizedSample],
-    sources: Sequence[str],
+    groups: Sequence[LossGroup],
     clip_frames: Callable[[str], Sequence[ChunkFrames]],
     padding: Padding,
     pad_id: int,
@@ -99,7 +100,7 @@ def assemble(
     """Pack samples, in order, into one row.
 
     Args:
-        sources: the mixture's name of each sample's source.
+        groups: what each sample's losses are summed with.
         clip_frames: address -> lengths of the clip's chunks.
         pad_id: the token that fills padding; not `<audio_patch>`.
 
@@ -136,7 +137,7 @@ def assemble(
         audio=tuple(audio),
         encoder_frames=tuple(clip_frames(span.address)[span.chunk].encoder for span in audio),
         sample_ids=tuple(sample.id for sample in samples),
-        sources=tuple(sources),
+        groups=tuple(groups),
         padding=total - sum(len(sample.input_ids) for sample in samples),
     )
 

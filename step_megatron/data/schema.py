@@ -10,7 +10,7 @@ One line of a JSONL file is one conversation:
                {"role": "assistant", "reasoning": "0.8 s of speech.", "content": "hello"}]}
 
 - `id`, `source` (who the data is from) and `turns` are required; `meta` holds anything else. Of `meta`, `task` and `answer` are
-  strings and `split` is train, validation or test.
+  strings, `split` is train, validation or test, and `aspect` and `aspect_kind` are those of `aspects`.
 - Roles: system, human, assistant, function_output, tool_json_schemas.
 - `content` is a string or a list of items, `{"type": "text", "text": ...}` or `{"type": "audio", "audio": ADDRESS}`. An address
   is `clip.wav`, `shard.tar::member.wav` or `shard.bin@OFFSET+SIZE`, relative to the JSONL's directory.
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from step_megatron.data.aspects import ASPECTS
 
 ROLES = ("system", "human", "assistant", "function_output", "tool_json_schemas")
 SPLITS = ("train", "validation", "test")
@@ -262,7 +264,18 @@ class Checker:
                 self.string(meta[name], f"meta.{name}", may_be_empty=name == "answer")
         if "split" in meta and meta["split"] not in SPLITS:
             raise self.fail("meta.split", f"is {meta['split']!r}", f"write one of {', '.join(SPLITS)}")
+        self.aspect(meta)
         return meta
+
+    def aspect(self, meta: dict[str, Any]) -> None:
+        aspect = meta.get("aspect")
+        if "aspect" in meta and aspect not in tuple(ASPECTS):
+            raise self.fail("meta.aspect", f"is {aspect!r}", f"write one of {', '.join(ASPECTS)}")
+        if "aspect_kind" in meta and "aspect" not in meta:
+            raise self.fail("meta.aspect_kind", "is set without meta.aspect", "add the aspect that it is a kind of")
+        if "aspect_kind" in meta and meta["aspect_kind"] not in ASPECTS[aspect]:
+            remedy = f"write one of {', '.join(ASPECTS[aspect])}" if ASPECTS[aspect] else f"{aspect} has no kinds: remove it"
+            raise self.fail("meta.aspect_kind", f"is {meta['aspect_kind']!r}", remedy)
 
     def turn(self, turn: Any, name: str) -> Turn:
         self.keys(turn, name, {"role", "content"}, {"reasoning", "train"})

@@ -38,7 +38,7 @@ _KEY = (
     '<span class="t">trained: the model must predict it</span><span>context</span><span class="s">special</span>'
     '<span class="a">audio chunk</span><span class="p">padding</span>'
 )
-_COLUMNS = ("", "sample", "source", "start", "tokens", "trained", "audio chunks", "padding")
+_COLUMNS = ("", "sample", "source", "aspect", "start", "tokens", "trained", "audio chunks", "padding")
 
 
 def write_page(config: Config, path: str | Path, step: int = 0, micro_batch: int = 0, rank: int = 0, ranks: int = 1) -> Path:
@@ -102,7 +102,7 @@ class _Segment:
     def __init__(self, micro_batch: MicroBatch, tokenizer: Tokenizer, number: int):
         self.tokenizer, self.number = tokenizer, number
         self.start, self.end = micro_batch.cu_seqlens[number : number + 2].tolist()
-        self.name, self.source = micro_batch.sample_ids[number], micro_batch.sources[number]
+        self.name, self.group = micro_batch.sample_ids[number], micro_batch.groups[number]
         self.ids = micro_batch.tokens[0, self.start : self.end].tolist()
         # The mask is on the position that predicts; a page shows what is predicted.
         mask = micro_batch.loss_mask[0, self.start : self.end].tolist()
@@ -115,7 +115,7 @@ class _Segment:
         self.audio = {span.start - self.start: (span, n) for span, n in frames if self.start <= span.start < self.end}
 
     def html(self) -> str:
-        heading = f"{self.number}: {html.escape(self.name)} <code>{html.escape(self.source)}</code>"
+        heading = f"{self.number}: {html.escape(self.name)} <code>{html.escape(str(self.group))}</code>"
         return f'<h2>{heading}</h2><div class="row">{"".join(self._pieces())}</div>'
 
     def _pieces(self) -> Iterator[str]:
@@ -159,7 +159,8 @@ def _overview(segments: list[_Segment]) -> str:
     """The table of segments."""
     rows = []
     for s in segments:
-        cells = (s.number, s.name, s.source, s.start, s.tokens, s.trained, len(s.audio), len(s.ids) - s.tokens)
+        counts = (s.start, s.tokens, s.trained, len(s.audio), len(s.ids) - s.tokens)
+        cells = (s.number, s.name, s.group.source, s.group.aspect, *counts)
         rows.append("".join(f"<td{_number(cell)}>{html.escape(str(cell))}</td>" for cell in cells))
     # A heading stands as its column does: right for numbers.
     head = "".join(f"<th{_number(cell)}>{name}</th>" for name, cell in zip(_COLUMNS, cells, strict=True))

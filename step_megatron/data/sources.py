@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from step_megatron.config.schema import SourceConfig
+from step_megatron.data.aspects import aspect_of
 from step_megatron.data.schema import Audio, Conversation, ConversationFile, Text
 from step_megatron.runtime.progress import get_logger, rank
 
@@ -61,6 +62,7 @@ class TrainingSources:
             self._index_dir = path if os.path.isdir(path) else os.path.dirname(path)
         self._files = [ConversationFile(source.path) for source in sources]
         known: dict[str, bool] = {}
+        self._aspects: list[set[str]] = [set() for _ in sources]
         self._rows = [self._usable(source, file, has_tokens, known) for source, file in enumerate(self._files)]
         self.clips = sum(known.values())
         missing = [clip for clip, there in known.items() if not there]
@@ -73,6 +75,10 @@ class TrainingSources:
     def size(self, source: int) -> int:
         """Usable samples of a source."""
         return len(self._rows[source])
+
+    def aspects(self, source: int) -> list[str]:
+        """Aspects of a source's usable samples, sorted; "" stands for samples without one."""
+        return sorted(self._aspects[source])
 
     def conversation(self, source: int, index: int) -> Conversation:
         """A usable sample, its addresses as the audio index knows them."""
@@ -155,6 +161,7 @@ class TrainingSources:
                 self._note(source, row, conversation.id, f"{NOT_INDEXED}: {missing[0]}", remedy)
             else:
                 rows.append(row)
+                self._aspects[source].add(aspect_of(conversation.meta))
         return np.array(rows, np.int64)
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from step_megatron.data.aspects import aspect_of
 from step_megatron.data.schema import ROLES, Audio, Conversation, Turn
 from step_megatron.data.tokenizer import Tokenizer
 
@@ -90,7 +91,7 @@ class TokenizedSample:
     """One rendered conversation.
 
     Attributes:
-        id, source: the conversation's.
+        id, source, aspect: the conversation's (`aspects.aspect_of`).
         input_ids: int32 `[n]`.
         loss_mask: uint8 `[n]`; 1 = this token is a target, predicted from those before it. The first is never one.
         audio: the chunks in order.
@@ -101,6 +102,7 @@ class TokenizedSample:
     input_ids: np.ndarray
     loss_mask: np.ndarray
     audio: tuple[AudioSpan, ...]
+    aspect: str = ""
 
     @property
     def trained_tokens(self) -> int:
@@ -143,7 +145,8 @@ def render(
         builder.prompt()
     ids = np.array(builder.ids, np.int32)
     mask = np.zeros(len(ids), np.uint8) if generation else np.array(builder.mask, np.uint8)
-    return TokenizedSample(conversation.id, conversation.source, ids, mask, tuple(builder.audio))
+    aspect = aspect_of(conversation.meta)
+    return TokenizedSample(conversation.id, conversation.source, ids, mask, tuple(builder.audio), aspect)
 
 
 def encoded_texts(conversation: Conversation, template: str = "step-audio") -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from step_kernels.segments import cumulative
 
 from step_megatron.audio.cache import EncodedClip
+from step_megatron.data.aspects import LossGroup
 from step_megatron.data.micro_batch import MicroBatch, drop_failed
 from step_megatron.model.batch import ModelBatch
 from step_megatron.model.segments import pack_segments, zigzag_positions
@@ -27,7 +28,7 @@ class TrainingBatch:
     Attributes:
         model: what the model reads.
         loss_mask: `[1, n]` float over the predicted tokens of this context-parallel rank: 1, or 0 where there is none to train.
-        source: `[n]` int64, index of each predicted token's source in the mixture.
+        group: `[n]` int64, index of the group that each predicted token's loss is summed with.
         tokens: tokens of the whole micro-batch that are not padding.
         trained: trained tokens of the whole micro-batch.
         padding: padding tokens of the whole micro-batch.
@@ -37,7 +38,7 @@ class TrainingBatch:
 
     model: ModelBatch
     loss_mask: torch.Tensor
-    source: torch.Tensor
+    group: torch.Tensor
     tokens: int
     trained: int
     padding: int
@@ -48,7 +49,7 @@ class TrainingBatch:
 def to_device(
     micro_batch: MicroBatch,
     clips: Mapping[str, EncodedClip | None],
-    sources: Sequence[str],
+    groups: Sequence[LossGroup],
     encoder_width: int,
     runtime: Runtime,
 ) -> TrainingBatch:
@@ -58,7 +59,7 @@ def to_device(
         micro_batch: from the loader; the same on every rank of a model-parallel group.
         clips: encoded clips by address. None stands for one that could not be read, agreed by all ranks of the group: its
             features are zero on the first stage, and the segment that holds it is not trained on any rank.
-        sources: names of the mixture's sources, in order.
+        groups: what losses are summed by, in order.
         encoder_width: width of the audio features.
         runtime: where this rank stands; only first-stage ranks get features.
 
@@ -75,7 +76,7 @@ def to_device(
         "tokens": micro_batch.tokens,
         "labels": micro_batch.labels[:, local[predicted]],
         "loss_mask": micro_batch.loss_mask[:, local[predicted]],
-        "source": source_of_tokens(micro_batch, sources)[local[predicted]],
+        "group": group_of_tokens(micro_batch, groups)[local[predicted]],
         "predicted": predicted,
     }
     if runtime.is_first_stage and micro_batch.audio:
@@ -98,7 +99,7 @@ def to_device(
             encoder_starts=on_device.get("encoder_starts"),
         ),
         loss_mask=on_device["loss_mask"],
-        source=on_device["source"],
+        group=on_device["group"],
         tokens=micro_batch.tokens.shape[1] - micro_batch.padding,
         trained=int(micro_batch.loss_mask.sum()),
         padding=micro_batch.padding,
@@ -117,10 +118,10 @@ def _local_tokens(micro_batch: MicroBatch, runtime: Runtime) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def source_of_tokens(micro_batch: MicroBatch, sources: Sequence[str]) -> torch.Tensor:
-    """Index of the source of every token, `[T]` int64."""
-    index = {name: number for number, name in enumerate(sources)}
-    numbers = torch.tensor([index[name] for name in micro_batch.sources])
+def group_of_tokens(micro_batch: MicroBatch, groups: Sequence[LossGroup]) -> torch.Tensor:
+    """Index of the group of every token, `[T]` int64."""
+    index = {group: number for number, group in enumerate(groups)}
+    numbers = torch.tensor([index[group] for group in micro_batch.groups])
     return numbers.repeat_interleave(torch.tensor(micro_batch.segment_lengths))
 
 

@@ -16,6 +16,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from step_megatron.config.schema import Config
+from step_megatron.data.aspects import LossGroup
 from step_megatron.runtime.device import Runtime
 from step_megatron.training.batch import TrainingBatch
 from step_megatron.training.interruption import Interruption
@@ -30,6 +31,7 @@ class Trainer:
 
     Attributes:
         model: this rank's chunks (one per virtual pipeline stage), wrapped for data parallelism.
+        groups: what losses are summed by.
         next_batches: the micro-batches of the next step; every replica gets the same number.
         validation_batches: micro-batches of the validation set, the same at every call; None when none is configured.
         meter: sums up what a step did, between two lines of metrics.
@@ -45,7 +47,7 @@ class Trainer:
     model: list[torch.nn.Module]
     optimizer: Any
     scheduler: Any
-    sources: tuple[str, ...]
+    groups: tuple[LossGroup, ...]
     next_batches: Callable[[], list[TrainingBatch]]
     validation_batches: Callable[[], list[TrainingBatch]] | None
     meter: Meter
@@ -66,7 +68,7 @@ def training_step(trainer: Trainer) -> None:
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    reports = run_schedule(trainer.model, batches, len(trainer.sources))
+    reports = run_schedule(trainer.model, batches, len(trainer.groups))
     trainer.scheduler.step(1)
     updated, gradient_norm, _ = trainer.optimizer.step()
     trainer.step += 1
@@ -74,7 +76,7 @@ def training_step(trainer: Trainer) -> None:
 
 
 def run_schedule(
-    model: list[torch.nn.Module], batches: list[TrainingBatch], sources: int, forward_only: bool = False
+    model: list[torch.nn.Module], batches: list[TrainingBatch], groups: int, forward_only: bool = False
 ) -> list[dict[str, torch.Tensor]]:
     """Run Megatron's schedule for this layout over the micro-batches.
 
@@ -83,7 +85,7 @@ def run_schedule(
     """
     iterators = [iter(batches) for _ in model]
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, sources),
+        forward_step_func=partial(_forward_step, groups),
         data_iterator=iterators if len(model) > 1 else iterators[0],
         model=model,
         num_microbatches=len(batches),
@@ -94,17 +96,17 @@ def run_schedule(
     )
 
 
-def _forward_step(sources: int, batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+def _forward_step(groups: int, batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
     batch = next(batches)
-    return model(batch.model), partial(masked_loss, loss_mask=batch.loss_mask, source=batch.source, sources=sources)
+    return model(batch.model), partial(masked_loss, loss_mask=batch.loss_mask, group=batch.group, groups=groups)
 
 
 @torch.no_grad()
 def validation_loss(trainer: Trainer) -> dict[str, float]:
-    """Mean loss per trained token of the validation set, in total and per source."""
+    """Mean loss per trained token of the validation set, in total, per source and per aspect."""
     for chunk in trainer.model:
         chunk.eval()
-    sums = trainer.meter.reduce_losses(run_schedule(trainer.model, trainer.validation_batches(), len(trainer.sources), True))
+    sums = trainer.meter.reduce_losses(run_schedule(trainer.model, trainer.validation_batches(), len(trainer.groups), True))
     for chunk in trainer.model:
         chunk.train()
     return {f"validation_{name}": value for name, value in sums.items()}

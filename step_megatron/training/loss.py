@@ -14,7 +14,7 @@ import torch
 
 
 def masked_loss(
-    output: tuple[torch.Tensor, torch.Tensor], loss_mask: torch.Tensor, source: torch.Tensor, sources: int
+    output: tuple[torch.Tensor, torch.Tensor], loss_mask: torch.Tensor, group: torch.Tensor, groups: int
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """The losses of the trained tokens in the form that Megatron's schedules take for a per-token mean.
 
@@ -22,15 +22,15 @@ def masked_loss(
         output: the model's: the summed loss of the trained tokens, with gradient, and the loss of each predicted token of this
             rank (of its slice, under context parallelism), `[1, n]`, without.
         loss_mask: `[1, n]` float, 1 where the token is trained.
-        source: `[n]` int64, which source of the mixture each token comes from; anything valid where the mask is 0.
-        sources: number of sources.
+        group: `[n]` int64, what each token's loss is summed with (`aspects.LossGroup`); anything valid where the mask is 0.
+        groups: number of groups.
 
     Returns:
-        The summed loss (with gradient), the number of trained tokens (int32), and `{"sums": [sources, 2]}`: loss sum and token
-        count of each source, float64 on the device (no host synchronisation here).
+        The summed loss (with gradient), the number of trained tokens (int32), and `{"sums": [groups, 2]}`: loss sum and token
+        count of each group, float64 on the device (no host synchronisation here).
     """
     total, losses = output
-    sums = torch.zeros(sources, 2, dtype=torch.float64, device=losses.device)
+    sums = torch.zeros(groups, 2, dtype=torch.float64, device=losses.device)
     values = torch.stack(((losses * loss_mask).flatten(), loss_mask.flatten()), dim=1).double()
-    sums.index_add_(0, source, values)
+    sums.index_add_(0, group, values)
     return total, loss_mask.sum().to(torch.int32), {"sums": sums}

@@ -3,6 +3,7 @@
 A line holds, for the steps since the line before:
 
     loss, loss/SOURCE        mean per trained token, over all replicas
+    aspect_loss/ASPECT       the same over the samples of one aspect, aspect_loss/ASPECT.KIND of one kind of it
     learning_rate, grad_norm of the last step
     tokens_per_second        packed tokens that are not padding, over all replicas; audio_seconds_per_second likewise
     padding_share            padding / all tokens computed
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from step_megatron.data.aspects import LossGroup
 from step_megatron.runtime.device import Runtime
 from step_megatron.runtime.flops import model_flops_utilisation
 from step_megatron.runtime.metrics import peak_memory_bytes
@@ -32,7 +34,7 @@ class Meter:
     """Running sums of one rank; `flush` is collective.
 
     Args:
-        sources: names of the mixture's sources.
+        groups: what losses are summed by.
         runtime: where this rank stands; each count is contributed by one rank of a replica.
         flops: floating-point operations, forward and backward, that the model needs for a micro-batch.
         peak: of one device, per second; None when unknown.
@@ -42,19 +44,19 @@ class Meter:
 
     def __init__(
         self,
-        sources: Sequence[str],
+        groups: Sequence[LossGroup],
         runtime: Runtime,
         flops: Callable[[TrainingBatch], float],
         peak: float | None = None,
         encoder_flops: Callable[[], float] = lambda: 0.0,
         samples_left_out: Callable[[], int] = lambda: 0,
     ):
-        self._sources, self._runtime, self._flops, self._peak = tuple(sources), runtime, flops, peak
+        self._groups, self._runtime, self._flops, self._peak = tuple(groups), runtime, flops, peak
         self._encoder_flops, self._samples_left_out = encoder_flops, samples_left_out
         self._reset()
 
     def _reset(self) -> None:
-        self._losses = torch.zeros(len(self._sources), 2, dtype=torch.float64, device=self._runtime.device)
+        self._losses = torch.zeros(len(self._groups), 2, dtype=torch.float64, device=self._runtime.device)
         self._counts = dict.fromkeys(_COUNTS, 0.0)
         self._encoder_operations = self._seconds = self._gradient_norm = 0.0
         self._skipped = self._steps = 0
@@ -117,7 +119,7 @@ class Meter:
         With them in a checkpoint, the line after a stop covers all of its steps, those before the stop too.
         """
         return {
-            "losses": dict(zip(self._sources, self._over_all_ranks(self._losses).tolist(), strict=True)),
+            "losses": dict(zip(map(str, self._groups), self._over_all_ranks(self._losses).tolist(), strict=True)),
             "counts": dict(zip(_COUNTS, self._totals(), strict=True)),
             "seconds": self._largest(self._seconds)[0],
             "gradient_norm": self._gradient_norm,
@@ -126,14 +128,14 @@ class Meter:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from saved sums, on any number of ranks; those of a source that is no more are dropped."""
+        """Go on from saved sums, on any number of ranks; those of a group that is no more are dropped."""
         self._reset()
         self._seconds, self._gradient_norm = state["seconds"], state["gradient_norm"]
         self._skipped, self._steps = state["skipped"], state["steps"]
         # Rank 0 is first in every dimension, so what it holds is counted in every layout.
         if self._runtime.rank == 0:
             self._counts = dict(state["counts"])
-            rows = [state["losses"].get(name, [0.0, 0.0]) for name in self._sources]
+            rows = [state["losses"].get(str(group), [0.0, 0.0]) for group in self._groups]
             self._losses += torch.tensor(rows, dtype=torch.float64, device=self._losses.device)
 
     def _totals(self) -> list[float]:
@@ -153,7 +155,7 @@ class Meter:
         return largest.tolist()
 
     def _over_all_ranks(self, sums: torch.Tensor) -> torch.Tensor:
-        """Sum `[sources, 2]` over the ranks that hold a distinct part: last stages, one tensor-parallel rank each."""
+        """Sum `[groups, 2]` over the ranks that hold a distinct part: last stages, one tensor-parallel rank each."""
         if self._runtime.tp_rank:
             sums = torch.zeros_like(sums)
         sums = sums.clone()
@@ -161,5 +163,8 @@ class Meter:
         return sums.cpu()
 
     def _named(self, sums: torch.Tensor) -> dict[str, float]:
-        rows = [("loss", sums.sum(0)), *((f"loss/{name}", row) for name, row in zip(self._sources, sums, strict=True))]
-        return {name: (row[0] / row[1]).item() for name, row in rows if row[1] > 0}
+        rows = {"loss": sums.sum(0)}
+        for group, row in zip(self._groups, sums, strict=True):
+            for name in group.metrics:
+                rows[name] = rows.get(name, 0.0) + row
+        return {name: (row[0] / row[1]).item() for name, row in rows.items() if row[1] > 0}

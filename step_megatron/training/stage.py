@@ -31,6 +31,7 @@ from step_megatron.checkpoint.recovery import newest_good
 from step_megatron.checkpoint.saving import Checkpoints
 from step_megatron.config.load import ConfigError
 from step_megatron.config.schema import Config
+from step_megatron.data.aspects import LossGroup
 from step_megatron.data.loader import MixtureLoader
 from step_megatron.data.micro_batch import MicroBatch
 from step_megatron.data.tokenizer import Tokenizer
@@ -98,9 +99,9 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
     if audio is not None and audio.cache is not None:
         audio.prepare(clips_of(loader, validation))
     state = build_state(config, runtime.control_group, resumes=checkpoint is not None)
-    sources = tuple(dict.fromkeys([*loader.source_names, *(validation.source_names if validation else ())]))
+    groups = tuple(dict.fromkeys([*loader.groups, *(validation.groups if validation else ())]))
     meter = Meter(
-        sources,
+        groups,
         runtime,
         flops_of(config, state),
         device_peak(runtime.device, precision(config.megatron.transformer)),
@@ -113,7 +114,7 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
         loader.load_state_dict(extra["loader"])
         meter.load_state_dict(extra["meter"])
         logger.info("going on from %s", checkpoint)
-    on_device = partial(_on_device, audio=audio, sources=sources, encoder_width=config.encoder.width, runtime=runtime)
+    on_device = partial(_on_device, audio=audio, groups=groups, encoder_width=config.encoder.width, runtime=runtime)
     metrics = MetricsWriter(config.run.dir, config, step)
     ending = ExitStack()
     ending.callback(checkpoints.close)
@@ -124,7 +125,7 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
         model=state.model,
         optimizer=state.optimizer,
         scheduler=state.scheduler,
-        sources=sources,
+        groups=groups,
         next_batches=lambda: on_device(loader.next_step()),
         validation_batches=_validation_batches(validation, on_device) if validation else None,
         meter=meter,
@@ -200,13 +201,17 @@ def flops_of(config: Config, state: TrainState) -> Callable[[TrainingBatch], int
 
 
 def _on_device(
-    micro_batches: list[MicroBatch], audio: EncodedAudio | None, sources: tuple[str, ...], encoder_width: int, runtime: Runtime
+    micro_batches: list[MicroBatch],
+    audio: EncodedAudio | None,
+    groups: tuple[LossGroup, ...],
+    encoder_width: int,
+    runtime: Runtime,
 ) -> list[TrainingBatch]:
     """Fetch the clips of a replica's micro-batches (collective), and put the micro-batches on the device."""
     clips: Mapping[str, EncodedClip | None] = {}
     if audio is not None:
         clips = audio.fetch([span.address for batch in micro_batches for span in batch.audio])
-    return [to_device(batch, clips, sources, encoder_width, runtime) for batch in micro_batches]
+    return [to_device(batch, clips, groups, encoder_width, runtime) for batch in micro_batches]
 
 
 def _loaders(

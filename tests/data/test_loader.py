@@ -62,11 +62,11 @@ def test_batches_hold_the_rendered_samples(make, config, data_set, compact):
             assert batch.tokens.shape[1] <= config.data.tokens_per_micro_batch
             assert batch.loss_mask.sum() >= 1
             starts = batch.cu_seqlens.tolist()
-            for name, source, start, end in zip(batch.sample_ids, batch.sources, starts[:-1], starts[1:], strict=True):
+            for name, group, start, end in zip(batch.sample_ids, batch.groups, starts[:-1], starts[1:], strict=True):
                 sample = render(by_id[name], compact, loader.clip_tokens)
                 assert batch.tokens[0, start:end].tolist() == sample.input_ids.tolist()
                 assert batch.loss_mask[0, start:end].sum() == sample.trained_tokens
-                assert source == ("speech" if name.startswith("clip") else "reasoning")
+                assert group.source == ("speech" if name.startswith("clip") else "reasoning")
 
 
 def test_shares_of_trained_tokens(make):
@@ -74,8 +74,8 @@ def test_shares_of_trained_tokens(make):
     trained = Counter()
     for _ in range(30):
         for batch in loader.next_step():
-            for source, start, end in zip(batch.sources, batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
-                trained[source] += batch.loss_mask[0, start:end].sum().item()
+            for group, start, end in zip(batch.groups, batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+                trained[group.source] += batch.loss_mask[0, start:end].sum().item()
     assert trained["speech"] / sum(trained.values()) == pytest.approx(0.75, abs=0.03)
 
 

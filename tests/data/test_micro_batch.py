@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from step_megatron.audio.geometry import chunk_frames
+from step_megatron.data.aspects import LossGroup
 from step_megatron.data.micro_batch import Padding, assemble, drop_failed
 from step_megatron.data.template import AudioSpan, TokenizedSample
 
@@ -35,7 +36,7 @@ packs = st.lists(samples(), min_size=1, max_size=4)
 
 
 def pack(made, padding=Padding()):  # noqa: B008 - frozen
-    return assemble(made, [f"source-{i}" for i in range(len(made))], CLIPS.__getitem__, padding, PAD)
+    return assemble(made, [LossGroup(f"source-{i}") for i in range(len(made))], CLIPS.__getitem__, padding, PAD)
 
 
 @given(packs, paddings)
@@ -51,7 +52,7 @@ def test_segments_are_the_samples_in_order(made, padding):
         assert row == sample.input_ids.tolist() + [PAD] * (end - start - len(sample.input_ids))
         assert batch.position_ids[0, start:end].tolist() == list(range(end - start))
     assert batch.padding == total - sum(len(sample.input_ids) for sample in made)
-    assert batch.sources == tuple(f"source-{i}" for i in range(len(made)))
+    assert batch.groups == tuple(LossGroup(f"source-{i}") for i in range(len(made)))
 
 
 @given(packs, paddings)
@@ -99,13 +100,14 @@ def test_audio_positions_are_the_placeholders_in_order(made, padding):
 def test_types_and_a_row_by_hand():
     one = TokenizedSample("one", "s", np.array([5, 6, 7], np.int32), np.array([0, 0, 1], np.uint8), ())
     two = TokenizedSample("two", "s", np.array([8, 9], np.int32), np.array([0, 1], np.uint8), ())
-    batch = assemble([one, two], ["m", "n"], CLIPS.__getitem__, Padding(4, 4), PAD)
+    batch = assemble([one, two], [LossGroup("m"), LossGroup("n", "naturalness")], CLIPS.__getitem__, Padding(4, 4), PAD)
     assert batch.tokens.tolist() == [[5, 6, 7, 0, 8, 9, 0, 0]]
     assert batch.loss_mask.tolist() == [[0, 1, 0, 0, 1, 0, 0, 0]]
     assert (batch.labels[0, 1], batch.labels[0, 4]) == (7, 9)
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
     assert batch.cu_seqlens.tolist() == [0, 4, 8] and batch.segment_lengths == (4, 4) and batch.padding == 3
-    assert batch.sample_ids == ("one", "two") and batch.sources == ("m", "n") and batch.audio == () == batch.encoder_frames
+    assert batch.sample_ids == ("one", "two") and batch.groups == (LossGroup("m"), LossGroup("n", "naturalness"))
+    assert batch.audio == () == batch.encoder_frames
     types = [batch.tokens, batch.labels, batch.loss_mask, batch.position_ids, batch.cu_seqlens]
     assert [part.dtype for part in types] == [torch.int64, torch.int64, torch.float32, torch.int64, torch.int32]
 

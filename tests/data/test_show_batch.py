@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from step_megatron.data.aspects import LossGroup
 from step_megatron.data.loader import MixtureLoader
 from step_megatron.data.micro_batch import Padding, assemble
 from step_megatron.data.schema import Audio, Conversation, Text, Turn
@@ -70,7 +71,7 @@ def test_facts_of_the_batch_are_on_the_page(batch, compact):
     page = render_page(batch, compact, "step 3, rank 1")
     assert "<title>step 3, rank 1</title>" in page
     assert str(batch.cu_seqlens.tolist()) in page
-    assert all(name in page for name in (*batch.sample_ids, *batch.sources))
+    assert all(name in page for name in (*batch.sample_ids, *(group.source for group in batch.groups)))
     assert f"{int(batch.loss_mask.sum()):,} trained" in page and f"{batch.padding:,} padding" in page
 
 
@@ -81,7 +82,7 @@ def test_page_is_self_contained_and_text_is_escaped(full):
     )
     sample = render(conversation, full, lambda address: [3])
     frames = [type("Frames", (), {"encoder": 5})]
-    batch = assemble([sample], ["s"], lambda address: frames, Padding(), full.pad_id)
+    batch = assemble([sample], [LossGroup("s")], lambda address: frames, Padding(), full.pad_id)
     page = render_page(batch, full, hostile)
     assert "<script" not in page and "<b>" not in page
     parsed = Spans(page)

@@ -99,7 +99,7 @@ class HostWaits(TorchDispatchMode):
 def watched_step(rank, world_size, *, transformer) -> dict:
     """What the detector finds in a step of a layout, and the gradients of the adaptor and of the output layer."""
     from parallel.layouts import prepare
-    from parallel.synthetic import SOURCES
+    from parallel.synthetic import GROUPS
 
     from step_megatron.checkpoint.distributed import unwrap
     from step_megatron.training.loop import run_schedule
@@ -109,7 +109,7 @@ def watched_step(rank, world_size, *, transformer) -> dict:
     model = unwrap(trainer.model[0])
     model.config.finalize_model_grads_func = None
     with HostWaits() as waits:
-        reports = run_schedule(trainer.model, batches, len(SOURCES))
+        reports = run_schedule(trainer.model, batches, len(GROUPS))
     gradients = [parameter.main_grad.abs().max().item() for parameter in model.parameters()]
     return {"found": waits.found, "reports": len(reports), "smallest": min(gradients)}
 

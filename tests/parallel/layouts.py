@@ -6,7 +6,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from parallel.synthetic import ENCODER_WIDTH, SOURCES, VOCABULARY, pack, step_segments
+from parallel.synthetic import ENCODER_WIDTH, GROUPS, VOCABULARY, pack, step_segments
 
 from step_megatron.config.schema import (
     AdaptorConfig,
@@ -142,11 +142,11 @@ def make_trainer(config: Config, runtime, state, packed: bool = True):
         groups, clips = step_segments(trainer.step)
         micro_batches = [pack(group) for group in groups] if packed else [segment for group in groups for segment in group]
         mine = micro_batches[runtime.dp_rank :: runtime.dp_size]
-        return [to_device(batch, clips, SOURCES, ENCODER_WIDTH, runtime) for batch in mine]
+        return [to_device(batch, clips, GROUPS, ENCODER_WIDTH, runtime) for batch in mine]
 
     trainer = Trainer(
-        config, runtime, state.model, state.optimizer, state.scheduler, SOURCES, next_batches, None,
-        Meter(SOURCES, runtime, lambda batch: 0.0), lambda trainer, validation_loss: None, lambda step, values: None,
+        config, runtime, state.model, state.optimizer, state.scheduler, GROUPS, next_batches, None,
+        Meter(GROUPS, runtime, lambda batch: 0.0), lambda trainer, validation_loss: None, lambda step, values: None,
         lambda step, values: None, Interruption(dist.group.WORLD),
     )  # fmt: skip
     return trainer

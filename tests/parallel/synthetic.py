@@ -4,12 +4,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from step_megatron.data.aspects import LossGroup
 from step_megatron.data.micro_batch import MicroBatch
 from step_megatron.data.template import AudioSpan
 
 ENCODER_WIDTH = 24
 VOCABULARY = 128
-SOURCES = ("speech", "text")
+GROUPS = (LossGroup("speech", "continuity"), LossGroup("text"))
 
 
 @dataclass
@@ -47,7 +48,7 @@ def segment(length: int, frames: tuple[int, ...], trained: int, seed: int, name:
         audio=tuple(spans),
         encoder_frames=frames,
         sample_ids=(name,),
-        sources=(SOURCES[0] if frames else SOURCES[1],),
+        groups=(GROUPS[0] if frames else GROUPS[1],),
         padding=0,
     )
     return made, clips
@@ -69,7 +70,7 @@ def pack(segments: list[MicroBatch]) -> MicroBatch:
         audio=tuple(replace(span, start=span.start + start) for s, start in places for span in s.audio),
         encoder_frames=tuple(count for s in segments for count in s.encoder_frames),
         sample_ids=tuple(name for s in segments for name in s.sample_ids),
-        sources=tuple(name for s in segments for name in s.sources),
+        groups=tuple(group for s in segments for group in s.groups),
         padding=0,
     )
 

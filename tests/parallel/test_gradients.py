@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from parallel.layouts import small_config, train
-from parallel.synthetic import ENCODER_WIDTH, SOURCES, pack, step_segments
+from parallel.synthetic import ENCODER_WIDTH, GROUPS, pack, step_segments
 
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 TP2 = {"tensor_model_parallel_size": 2}
@@ -25,7 +25,7 @@ def hand_loop(rank, world_size):
     state = lively_state(config)
     model = unwrap(state.model[0])
     groups, clips = step_segments(0)
-    batches = [to_device(pack(group), clips, SOURCES, ENCODER_WIDTH, runtime) for group in groups]
+    batches = [to_device(pack(group), clips, GROUPS, ENCODER_WIDTH, runtime) for group in groups]
     results = []
     for token_mean in (True, False):
         sums, counts = [], []

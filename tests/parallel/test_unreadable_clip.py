@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from parallel.layouts import OPTIMIZERS, full_tensors, lively_state, make_trainer, run_step, small_config
-from parallel.synthetic import ENCODER_WIDTH, SOURCES, pack, segment
+from parallel.synthetic import ENCODER_WIDTH, GROUPS, pack, segment
 
 SECONDS = (1.9, 1.5, 1.2, 0.8)
 
@@ -34,7 +34,7 @@ def train_with_a_blind_rank(rank, world_size, *, folder, transformer, broken, bl
 
     def next_batches():
         clips = audio.fetch([span.address for batch in micro_batches for span in batch.audio])
-        return [to_device(batch, clips, SOURCES, ENCODER_WIDTH, runtime) for batch in micro_batches]
+        return [to_device(batch, clips, GROUPS, ENCODER_WIDTH, runtime) for batch in micro_batches]
 
     trainer.next_batches = next_batches
     lines = [run_step(trainer) for _ in range(2)]
