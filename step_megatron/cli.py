@@ -29,6 +29,8 @@ BENCHED_PARTS = {
 _WITHOUT_PEER = ("shares", "checkpoint", "import")
 # Layouts that `convert export` writes.
 EXPORTED = ("step-audio", "qwen2-audio", "qwen2", "llama")
+# Those of `data.filters`.
+FILTERS = ("api_error", "empty_reasoning", "near_empty_reply", "duplicated_turn", "role_order")
 # The ops of `step_kernels.bench.OPS`, which is not imported for a list of commands: it brings torch.
 BENCHED_OPS = (
     "pool-norm-downsample",
@@ -135,6 +137,13 @@ def _add_data(commands) -> None:
     parser.add_argument("--out", type=Path, help="folder to write (default: DATA/transcripts)")
     parser.add_argument("--languages", nargs="+", default=["en", "es", "fr", "it"], metavar="LL")
     parser.add_argument("--seed", type=int, default=1)
+    parser = _command(data, "build-dialogues", _data_build_dialogues, "multi-turn dialogues about the clips, each with checks")
+    parser.add_argument(
+        "--open-speech", type=Path, default=_default_data() / "open-speech", help="folder that `data build` wrote"
+    )
+    parser.add_argument("--out", type=Path, help="folder to write (default: OPEN_SPEECH/dialogues)")
+    parser.add_argument("--per-aspect", type=int, help="training dialogues of each of the four aspects (default: 400)")
+    parser.add_argument("--seed", type=int, default=1)
     parser = _command(data, "from-manifest", _data_from_manifest, "turn a NeMo manifest (tarred or not) into conversations")
     parser.add_argument("manifest", type=Path, metavar="MANIFEST.json")
     parser.add_argument("--out", type=Path, required=True, metavar="CONVERSATIONS.jsonl")
@@ -148,7 +157,13 @@ def _add_data(commands) -> None:
     _with_config(parser)
     parser = _command(data, "inspect", _data_inspect, "counts, durations and tokens by source, task and split")
     parser.add_argument("paths", nargs="+", type=Path, metavar="CONVERSATIONS.jsonl")
+    parser.add_argument("--index", type=Path, help="audio index, or its folder (default: the one beside the first file)")
     parser.add_argument("--json", action="store_true")
+    parser = _command(data, "filter", _data_filter, "drop leaked API errors, empty reasoning, duplicated turns and the like")
+    parser.add_argument("path", type=Path, metavar="CONVERSATIONS.jsonl")
+    parser.add_argument("--out", type=Path, required=True, metavar="KEPT.jsonl")
+    parser.add_argument("--dropped", type=Path, help="file of what was dropped and why (default: KEPT.dropped.jsonl)")
+    parser.add_argument("--filter", action="append", choices=FILTERS, help="default: all; may be repeated")
     parser = _command(data, "validate", _data_validate, "decode every clip once; index the good, quarantine the bad")
     parser.add_argument("paths", nargs="+", type=Path, metavar="CONVERSATIONS.jsonl")
     parser.add_argument("--out", type=Path, help="folder of index.jsonl and quarantine.jsonl (default: beside the first file)")
@@ -165,6 +180,8 @@ def _add_data(commands) -> None:
 def _add_train(commands) -> None:
     train = commands.add_parser("train", help="train a stage").add_subparsers(required=True)
     parser = _command(train, "midtrain", _train_midtrain, "audio-centric mid-training; under torchrun for several processes")
+    _with_config(parser)
+    parser = _command(train, "sft", _train_sft, "cold-start supervised fine-tuning of the run that model.weights names")
     _with_config(parser)
     parser = _command(train, "reward", _train_reward, "the generative reward model, on what `data from-preferences` wrote")
     _with_config(parser)
@@ -191,6 +208,9 @@ def _add_eval(commands) -> None:
     parser = _command(commands, "eval", _eval, "held-out accuracy beside majority class, linear probe and another clip's audio")
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=_default_data() / "open-speech", help="folder that `data build` wrote")
+    parser.add_argument(
+        "--out", type=Path, help="file of results (default: RUN/results.json); predictions and report go beside it"
+    )
     parser.add_argument("--limit", type=int, help="items a task, for a quick look")
     text = "folder of a Whisper model (CTranslate2) that transcribes the same clips, to compare with; needs the extra dev"
     parser.add_argument("--whisper", type=Path, metavar="DIR", help=text)
@@ -266,6 +286,16 @@ def _data_build_transcripts(options) -> None:
     print(f"{out}: {summary['audio_seconds']:.0f} audio-seconds, clips {summary['languages']}")
 
 
+def _data_build_dialogues(options) -> None:
+    from step_megatron.data.dialogues.build import COUNTS, build_dialogues
+
+    out = options.out or options.open_speech / "dialogues"
+    counts = COUNTS | ({"train": options.per_aspect} if options.per_aspect else {})
+    summary = build_dialogues(options.open_speech, out, options.seed, counts)
+    made = {split: sum(tasks.values()) for split, tasks in summary["dialogues"].items()}
+    print(f"{out}: dialogues {made}, dropped {summary['dropped']}")
+
+
 def _data_from_manifest(options) -> None:
     from step_megatron.data.manifest import convert_manifest
 
@@ -287,10 +317,19 @@ def _data_inspect(options) -> None:
     from step_megatron.data.tokenizer import Tokenizer
 
     folder = options.paths[0].parent
-    index = AudioIndex.load(folder) if (folder / "index.jsonl").is_file() else None
+    beside = folder if (folder / "index.jsonl").is_file() else None
+    index = AudioIndex.load(options.index or beside) if options.index or beside else None
     tokenizer = Tokenizer.load(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
-    report = inspect_files(options.paths, tokenizer, index, folder if index is not None else None)
+    report = inspect_files(options.paths, tokenizer, index, index and index.folder)
     print(json.dumps(report, ensure_ascii=False) if options.json else table(report))
+
+
+def _data_filter(options) -> None:
+    from step_megatron.data.filters import filter_file
+
+    dropped = options.dropped or options.out.with_suffix(".dropped.jsonl")
+    counts = filter_file(options.path, options.out, dropped, options.filter or FILTERS)
+    print(f"{options.out}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
 def _data_validate(options) -> None:
@@ -317,6 +356,12 @@ def _train_midtrain(options) -> int:
     from step_megatron.training.midtrain import midtrain
 
     return _trained(midtrain(_config(options)))
+
+
+def _train_sft(options) -> int:
+    from step_megatron.training.sft import sft
+
+    return _trained(sft(_config(options)))
 
 
 def _train_reward(options) -> int:
@@ -355,9 +400,9 @@ def _eval(options) -> None:
     from step_megatron.evaluation.report import write_report
     from step_megatron.evaluation.run import Limits, evaluate
 
-    results = options.run / "results.json"
+    results = options.out or options.run / "results.json"
     evaluate(options.run, options.data, results, Limits(items_per_task=options.limit or 0), options.whisper)
-    write_report(options.run, options.data, options.run / "report.html")
+    write_report(options.run, options.data, results.with_name("report.html"), results)
 
 
 def _report(options) -> None:

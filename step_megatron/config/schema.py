@@ -82,6 +82,8 @@ class TokenizerConfig:
     # Directory written by `data build` (compact vocabulary), with a `qwen.tiktoken`, or with Hugging Face's `tokenizer.json`.
     path: str = ""
     template: Literal["step-audio", "chatml"] = "step-audio"
+    # Reasoning of earlier replies: `keep` it, or `strip` it, in training as in generation; see `data.turns`.
+    earlier_reasoning: Literal["keep", "strip"] = "keep"
 
 
 @dataclass
@@ -103,6 +105,10 @@ class DataConfig:
     validation: list[SourceConfig] = field(default_factory=list)
     # Micro-batch size: packed tokens, never exceeded.
     tokens_per_micro_batch: int = 4096
+    # Assistant turns that are trained: all that a conversation does not except (`"train": false`), or the last of them.
+    train_turns: Literal["all", "last"] = "all"
+    # Conversations that these filters find (`data filter --help` lists them) are left out of training and validation.
+    filters: list[str] = field(default_factory=list)
     # Audio index written by `data validate`; conversations name clips, the index knows their length and hash.
     index: str = ""
     # Share of the clips that may be unusable, and share of a source's samples that may be left out (longer than a micro-batch,
@@ -131,6 +137,8 @@ class TrainingConfig:
     """The step loop. Learning rate, weight decay and clipping are Megatron's (`megatron.optimizer`)."""
 
     steps: int = 1000
+    # Passes over the data after which the run ends (some source has been passed so often): decides `steps` where it is not 0.
+    epochs: float = 0.0
     # Micro-batches of one optimizer step over all data-parallel ranks.
     micro_batches_per_step: int = 8
     lr_warmup_steps: int = 0

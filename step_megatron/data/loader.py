@@ -7,6 +7,7 @@ micro-batches. The plan of a step does not depend on the number of data-parallel
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from step_kernels.packing import balance_evenly
 from step_megatron.audio.geometry import ChunkFrames, chunk_frames, chunk_lengths
 from step_megatron.config.schema import Config
 from step_megatron.data.aspects import LossGroup
+from step_megatron.data.filters import FILTERS, first_reason
 from step_megatron.data.micro_batch import MicroBatch, Padding, assemble, drop_failed
 from step_megatron.data.mixture import Mixture, Source
 from step_megatron.data.packing import decoder_cost, plan_window, round_up
 from step_megatron.data.sources import DataError, TrainingSources
 from step_megatron.data.template import TokenizedSample, render
 from step_megatron.data.tokenizer import Tokenizer
+from step_megatron.data.turns import training_samples
 from step_megatron.runtime.progress import get_logger
 
 __all__ = ["DataError", "MicroBatch", "MixtureLoader", "drop_failed"]
@@ -28,6 +31,13 @@ __all__ = ["DataError", "MicroBatch", "MixtureLoader", "drop_failed"]
 TOO_LONG = "longer than a micro-batch"
 TOO_MANY_POSITIONS = "longer than the model's positions"
 NOT_TRAINED = "no trained token"
+# What the samples of a position depend on, beside the sources and the tokenizer, by their names as settings.
+_ORIGIN_SETTINGS = {
+    "template": "tokenizer.template",
+    "adaptor": "adaptor.kind",
+    "train_turns": "data.train_turns",
+    "earlier_reasoning": "tokenizer.earlier_reasoning",
+}
 
 _log = get_logger(__name__)
 
@@ -50,7 +60,8 @@ class MixtureLoader:
     """Micro-batches for one data-parallel rank.
 
     Args:
-        config: `data`, `tokenizer.template`, `adaptor.kind`, `run.seed`, `training.micro_batches_per_step`, the parallel sizes.
+        config: `data`, `tokenizer.template` and `earlier_reasoning`, `adaptor.kind`, `run.seed`, the parallel sizes,
+            `training.micro_batches_per_step`.
         tokenizer: encodes the text.
         index: the audio index: address -> an object with `num_samples` (16 kHz); KeyError for a clip that is quarantined. None if
             no source has audio.
@@ -97,7 +108,16 @@ class MixtureLoader:
         self.max_positions = config.model.max_positions
         self.break_even = _break_even(config.megatron.transformer)
         has_tokens = None if index is None else self._has_tokens
-        self.sources = TrainingSources(configured, config.data.index, has_tokens, config.data.quarantine_limit, quarantine)
+        turns = {"train_turns": config.data.train_turns, "earlier_reasoning": config.tokenizer.earlier_reasoning}
+        self.sources = TrainingSources(
+            configured,
+            config.data.index,
+            has_tokens,
+            config.data.quarantine_limit,
+            samples_of=partial(training_samples, **turns),
+            refused=partial(first_reason, names=_known_filters(config.data.filters)),
+            quarantine=quarantine,
+        )
         self.mixture = Mixture([Source(s.name, s.weight, self.sources.size(i)) for i, s in enumerate(configured)], self.seed)
         self.source_names = tuple(source.name for source in configured)
         groups = [(name, aspect) for i, name in enumerate(self.source_names) for aspect in self.sources.aspects(i)]
@@ -109,6 +129,7 @@ class MixtureLoader:
             "tokenizer": tokenizer.fingerprint(),
             "template": self.template,
             "adaptor": self.adaptor.kind,
+            **turns,
         }
         self._window = 0
         self._waiting: list[_Drawn] = []
@@ -125,6 +146,19 @@ class MixtureLoader:
         step = self._steps.pop(0)
         costs = [decoder_cost([len(item.sample.input_ids) for item in items], self.break_even) for items in step]
         return [self._assemble(step[i]) for i in balance_evenly(costs, self.dp_size)[self.dp_rank]]
+
+    def steps_in(self, epochs: float) -> int:
+        """About how many steps there are until some source has been passed `epochs` times, so that none is heard more often.
+
+        Every sample of an epoch is rendered, and the plan made, as training will; the position stays where it is.
+        """
+        start, steps, passed = self.state_dict(), 0, 0.0
+        while passed < epochs:
+            before, passed = passed, self._plan()
+            planned, self._steps = len(self._steps), []
+            steps += planned if passed <= epochs else round(planned * (epochs - before) / (passed - before))
+        self.load_state_dict(start)
+        return max(1, steps)
 
     def clip_tokens(self, address: str) -> list[int]:
         """Placeholders of every chunk of an indexed clip.
@@ -150,8 +184,12 @@ class MixtureLoader:
         batch = assemble([item.sample for item in items], groups, self.clip_frames, self.padding, self.tokenizer.pad_id)
         return batch.pin_memory() if self.pin else batch
 
-    def _plan(self) -> None:
-        """Draw a window beside the samples that wait, and plan as many whole steps as it fills."""
+    def _plan(self) -> float:
+        """Draw a window beside the samples that wait, and plan as many whole steps as it fills.
+
+        Returns:
+            How often the source that was passed most often has been passed.
+        """
         drawn = self._waiting + [self._draw() for _ in range(self.window_size)]
         lengths = [self._length(item.sample) for item in drawn]
         ages = [item.window for item in drawn]
@@ -160,6 +198,7 @@ class MixtureLoader:
         self._waiting = [drawn[i] for i in plan.waiting]
         self._steps = [[[drawn[i] for i in items] for items in step] for step in plan.steps]
         self._window += 1
+        return max(self.mixture.epochs().values())
 
     def _draw(self) -> _Drawn:
         """The mixture's next sample that can be trained on."""
@@ -264,14 +303,20 @@ def _changes(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
         elif was["usable"] != now["usable"]:
             changes.append(
                 f"other samples of source {now['name']!r} are usable, though its file is the same (was the audio index made "
-                "again, is data.index another?)"
+                "again, is data.index or data.filters another?)"
             )
     if saved["tokenizer"] != here["tokenizer"]:
         changes.append("the vocabulary at tokenizer.path has changed (was `data build` run with another corpus or --vocabulary?)")
-    for key, name in (("template", "tokenizer.template"), ("adaptor", "adaptor.kind")):
-        if saved[key] != here[key]:
+    for key, name in _ORIGIN_SETTINGS.items():
+        if saved.get(key, here[key]) != here[key]:
             changes.append(f"{name} was {saved[key]}, is {here[key]}")
     return changes
+
+
+def _known_filters(names: list[str]) -> list[str]:
+    if unknown := set(names) - FILTERS.keys():
+        raise DataError(f"data.filters: there is no filter {min(unknown)!r}; there are {', '.join(FILTERS)}")
+    return names
 
 
 def _padding(config: Config) -> Padding:

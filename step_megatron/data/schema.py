@@ -10,7 +10,8 @@ One line of a JSONL file is one conversation:
                {"role": "assistant", "reasoning": "0.8 s of speech.", "content": "hello"}]}
 
 - `id`, `source` (who the data is from) and `turns` are required; `meta` holds anything else. Of `meta`, `task` and `answer` are
-  strings, `split` is train, validation or test, and `aspect` and `aspect_kind` are those of `aspects`.
+  strings, `split` is train, validation or test, `aspect` and `aspect_kind` are those of `aspects`,
+  and `checks` is as `checks` says.
 - Roles: system, human, assistant, function_output, tool_json_schemas.
 - `content` is a string or a list of items, `{"type": "text", "text": ...}` or `{"type": "audio", "audio": ADDRESS}`. An address
   is `clip.wav`, `shard.tar::member.wav` or `shard.bin@OFFSET+SIZE`, relative to the JSONL's directory.
@@ -28,6 +29,7 @@ from typing import Any, Literal
 import numpy as np
 
 from step_megatron.data.aspects import ASPECTS
+from step_megatron.data.checks import read_check
 
 ROLES = ("system", "human", "assistant", "function_output", "tool_json_schemas")
 SPLITS = ("train", "validation", "test")
@@ -115,10 +117,14 @@ class ConversationFile:
             return parse_line(file.readline(), f"{self.path}:{self._lines[index]}")
 
     def __iter__(self) -> Iterator[Conversation]:
+        return (conversation for _, conversation in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, Conversation]]:
+        """All conversations with the numbers of their lines, from 1."""
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield parse_line(line, f"{self.path}:{number}")
+                    yield number, parse_line(line, f"{self.path}:{number}")
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:
@@ -244,12 +250,27 @@ class Checker:
 
     def conversation(self, record: Any) -> Conversation:
         self.keys(record, "conversation", {"id", "source", "turns"}, {"meta"})
-        return Conversation(
+        conversation = Conversation(
             id=self.string(record["id"], "id"),
             source=self.string(record["source"], "source"),
             turns=self.turns(record["turns"], "turns"),
             meta=self.meta(record.get("meta", {})),
         )
+        self.checks(conversation)
+        return conversation
+
+    def checks(self, conversation: Conversation) -> None:
+        """`meta.checks`, where there is one."""
+        given, replies = conversation.meta.get("checks"), sum(turn.role == "assistant" for turn in conversation.turns)
+        if given is None:
+            return
+        if not isinstance(given, list) or len(given) != replies:
+            raise self.fail("meta.checks", "is not a list with an entry for each assistant turn", f"write {replies}, or nulls")
+        for number, check in enumerate(given):
+            try:
+                read_check(check)
+            except ValueError as error:
+                raise self.fail(f"meta.checks[{number}]", *str(error).split("; ", 1)) from None
 
     def turns(self, turns: Any, name: str) -> tuple[Turn, ...]:
         if not isinstance(turns, list) or not turns:

@@ -24,7 +24,7 @@ class DataError(ValueError):
 
 
 class TrainingSources:
-    """The usable samples of every source: those whose clips are all in the audio index.
+    """The usable samples of every source: of conversations that pass the filters and whose clips are all in the audio index.
 
     Args:
         sources: `data.sources`.
@@ -32,10 +32,13 @@ class TrainingSources:
         has_tokens: whether the index knows a clip and it gives tokens; None if there is no index.
         limit: share of the clips that may be missing, and of a source's samples that `leave_out` may be given
             (`data.quarantine_limit`).
+        samples_of: the samples that a conversation is trained as (`turns.training_samples`).
+        refused: why a filter drops a conversation, or None (`filters.first_reason`).
         quarantine: file that rank 0 writes every sample to that is left out, once however often the run is started.
 
     Attributes:
-        left_out: samples that are left out, here or by `leave_out`: (source, line of its file from 0) -> reason.
+        left_out: conversations that are left out, here or by `leave_out`, some or all of their samples: (source, line of its file
+            from 0) -> reason.
         clips: how many clips of the index the samples name.
 
     Raises:
@@ -49,9 +52,12 @@ class TrainingSources:
         index_path: str,
         has_tokens: Callable[[str], bool] | None,
         limit: float,
+        samples_of: Callable[[Conversation], list[Conversation]] = lambda conversation: [conversation],
+        refused: Callable[[Conversation], str | None] = lambda conversation: None,
         quarantine: str | Path | None = None,
     ):
         self.left_out: dict[tuple[int, int], str] = {}
+        self._samples_of, self._refused = samples_of, refused
         self._names, self._limit = [source.name for source in sources], limit
         self._quarantine = Path(quarantine) if quarantine and rank() == 0 else None
         self._written = _samples_in(self._quarantine)
@@ -64,6 +70,8 @@ class TrainingSources:
         known: dict[str, bool] = {}
         self._aspects: list[set[str]] = [set() for _ in sources]
         self._rows = [self._usable(source, file, has_tokens, known) for source, file in enumerate(self._files)]
+        # What is left out whoever trains on the rest, and however long.
+        self._unusable = dict(self.left_out)
         self.clips = sum(known.values())
         missing = [clip for clip, there in known.items() if not there]
         if len(missing) > limit * len(known):
@@ -82,14 +90,14 @@ class TrainingSources:
 
     def conversation(self, source: int, index: int) -> Conversation:
         """A usable sample, its addresses as the audio index knows them."""
-        file = self._files[source]
-        return located(file[int(self._rows[source][index])], file.path, self._index_dir)
+        file, (row, number) = self._files[source], self._rows[source][index].tolist()
+        return self._samples_of(located(file[row], file.path, self._index_dir))[number]
 
     def digests(self, source: int) -> dict[str, str]:
         """SHA-256 of a source's file and of which of its samples are usable."""
         with self._files[source].path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"file": content, "usable": hashlib.sha256(self._rows[source].tobytes()).hexdigest()}
+        return {"file": content, "usable": hashlib.sha256(np.unique(self._rows[source][:, 0]).tobytes()).hexdigest()}
 
     def leave_out(self, source: int, index: int, name: str, reason: str, remedy: str) -> None:
         """Leave out a usable sample that cannot be trained on; counted once, however many epochs meet it.
@@ -102,9 +110,9 @@ class TrainingSources:
         Raises:
             DataError: more than the limit allows of the source's samples are left out for what they are themselves.
         """
-        if not self._note(source, int(self._rows[source][index]), name, reason, remedy):
+        if not self._note(source, int(self._rows[source][index][0]), name, reason, remedy):
             return
-        count = sum(of == source and why != NOT_INDEXED for (of, _), why in self.left_out.items())
+        count = sum(place[0] == source and place not in self._unusable for place in self.left_out)
         if count > self._limit * self.size(source):
             raise DataError(
                 f"{count} of the {self.size(source)} samples of source {self._names[source]!r} cannot be trained on, more than "
@@ -113,12 +121,11 @@ class TrainingSources:
 
     def state(self) -> list[list]:
         """What `leave_out` was given, as JSON values; the same on every rank."""
-        return [[*place, reason] for place, reason in sorted(self.left_out.items()) if reason != NOT_INDEXED]
+        return [[*place, reason] for place, reason in sorted(self.left_out.items()) if place not in self._unusable]
 
     def load_state(self, state: list[list]) -> None:
         """Forget what `leave_out` was given, and take over what another run of the same sources had found."""
-        own = {place: reason for place, reason in self.left_out.items() if reason == NOT_INDEXED}
-        self.left_out = own | {(source, row): reason for source, row, reason in state}
+        self.left_out = self._unusable | {(source, row): reason for source, row, reason in state}
 
     def _note(self, source: int, row: int, name: str, reason: str, remedy: str) -> bool:
         """Count a sample, write it down, and say so if it is the first of its kind; False if it was counted before."""
@@ -143,9 +150,15 @@ class TrainingSources:
     def _usable(
         self, source: int, file: ConversationFile, has_tokens: Callable[[str], bool] | None, known: dict[str, bool]
     ) -> np.ndarray:
-        """Validate every line of a file; the rows whose clips are all known. `known` collects the answers for each clip."""
+        """Validate every line of a file; the usable samples `[n, 2]` as row and number within the conversation's samples.
+
+        `known` collects whether each clip is in the index.
+        """
         rows = []
         for row, conversation in enumerate(file):
+            if found := self._refused(conversation):
+                self._note(source, row, conversation.id, found, "set data.filters to keep it")
+                continue
             clips = located(conversation, file.path, self._index_dir).audio_addresses()
             if clips and has_tokens is None:
                 raise DataError(
@@ -160,9 +173,9 @@ class TrainingSources:
                 remedy = "the quarantine.jsonl beside the index says why; else run `step-megatron data validate`"
                 self._note(source, row, conversation.id, f"{NOT_INDEXED}: {missing[0]}", remedy)
             else:
-                rows.append(row)
+                rows += [(row, number) for number in range(len(self._samples_of(conversation)))]
                 self._aspects[source].add(aspect_of(conversation.meta))
-        return np.array(rows, np.int64)
+        return np.array(rows, np.int64).reshape(-1, 2)
 
 
 def _samples_in(path: Path | None) -> set[tuple[str, str]]:

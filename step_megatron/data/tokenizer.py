@@ -191,24 +191,45 @@ def build_compact(texts: Iterable[str], tiktoken_path: str | Path, out_dir: str 
         raise TokenizerError(
             f"a compact vocabulary needs {len(SPECIALS) + 256} ids for specials and bytes; limit is {limit}: raise it"
         )
-    ranks = read_ranks(Path(tiktoken_path))
-    bpe = _bpe(ranks)
+    singles = [read_ranks(Path(tiktoken_path))[bytes([byte])] for byte in range(256)]
+    every = {**PUBLISHED_IDS, **PLACEHOLDER_IDS}
+    start = [every[name] for name in SPECIALS] + singles
+    specials = {name: number for number, name in enumerate(SPECIALS)}
+    return _write_compact(specials, start, texts, Path(tiktoken_path), Path(out_dir), limit)
+
+
+def extend_compact(directory: str | Path, texts: Iterable[str], out_dir: str | Path, limit: int) -> Tokenizer:
+    """Write a compact tokenizer with all ids of another one and, behind them, the tokens of more texts that it lacks.
+
+    What was trained with the other one reads and writes the same ids as before; new ids need rows that the model has not used.
+
+    Args:
+        directory: a compact tokenizer's.
+        limit: most ids altogether.
+
+    Raises:
+        TokenizerError: `directory` is no compact tokenizer.
+    """
+    specials, qwen_ids = _read_compact(Path(directory) / "compact.json")
+    return _write_compact(specials, qwen_ids, texts, Path(directory) / "qwen.tiktoken", Path(out_dir), limit)
+
+
+def _write_compact(
+    specials: dict[str, int], start: list[int], texts: Iterable[str], tiktoken_path: Path, out_dir: Path, limit: int
+) -> Tokenizer:
+    """A compact tokenizer of the ids in `start` and of the texts' most frequent other tokens, up to `limit` ids, in `out_dir`."""
+    bpe = _bpe(read_ranks(tiktoken_path))
     counts: Counter[int] = Counter()
     for text in texts:
         counts.update(bpe.encode_ordinary(text))
-    singles = [ranks[bytes([byte])] for byte in range(256)]
-    for token in singles:
-        counts.pop(token, None)
-    room = limit - len(SPECIALS) - 256
+    new = counts.keys() - set(start)
     # Ties go to the lower rank, so that the same corpus in another order gives the same vocabulary.
-    frequent = sorted(counts, key=lambda token: (-counts[token], token))[:room]
-    out_dir = Path(out_dir)
+    frequent = sorted(new, key=lambda token: (-counts[token], token))[: max(0, limit - len(start))]
     out_dir.mkdir(parents=True, exist_ok=True)
-    if Path(tiktoken_path).resolve() != (out_dir / "qwen.tiktoken").resolve():
+    if tiktoken_path.resolve() != (out_dir / "qwen.tiktoken").resolve():
         shutil.copyfile(tiktoken_path, out_dir / "qwen.tiktoken")
-    every = {**PUBLISHED_IDS, **PLACEHOLDER_IDS}
-    qwen_ids = [every[name] for name in SPECIALS] + singles + frequent
-    tokenizer = Tokenizer(bpe, {name: number for number, name in enumerate(SPECIALS)}, qwen_ids, len(qwen_ids))
+    qwen_ids = start + frequent
+    tokenizer = Tokenizer(bpe, specials, qwen_ids, len(qwen_ids))
     tokenizer.save(out_dir, limit)
     return tokenizer
 

@@ -27,6 +27,7 @@ from step_megatron.config.schema import Config
 from step_megatron.data.schema import Conversation
 from step_megatron.data.template import TEMPLATES, render
 from step_megatron.data.tokenizer import Tokenizer
+from step_megatron.data.turns import as_prompt
 from step_megatron.evaluation.scoring import THINK_END, THINK_START
 from step_megatron.model.audio_lm import AudioLanguageModel, build_model
 from step_megatron.model.encoder import AudioEncoder, build_encoder
@@ -163,7 +164,8 @@ class TrainedRun:
         return {a: None if self._clips[a] is None else self._clips[a].features for a in addresses}
 
     def prompt(self, conversation: Conversation) -> Prompt:
-        """What the model reads before its next turn; the clips must be encoded and readable."""
+        """What the model reads before its next turn, earlier reasoning as in training; the clips must be encoded and readable."""
+        conversation = as_prompt(conversation, self.config.tokenizer.earlier_reasoning)
         clips: Mapping[str, EncodedClip] = {a: self._clips[a] for a in conversation.audio_addresses()}
         sample = render(
             conversation,

@@ -22,8 +22,8 @@ from step_megatron.data.recipes.build import SUMMARY_NAME
 from step_megatron.evaluation import page
 from step_megatron.evaluation.charts import Series, line_chart
 from step_megatron.evaluation.files import read_jsonl, write_text
-from step_megatron.evaluation.results import Prediction
-from step_megatron.evaluation.run import read_predictions, sample_predictions
+from step_megatron.evaluation.predictions import Prediction, read_predictions
+from step_megatron.evaluation.run import sample_predictions
 from step_megatron.evaluation.scoring import normalise_label, split_reply
 from step_megatron.runtime.metrics import read_metrics
 from step_megatron.runtime.progress import get_logger
@@ -81,6 +81,7 @@ def write_report(
         page.header(f"step-megatron: {run_dir.name}", _subtitle(metrics, results), _tiles(results)),
         _listening(results),
         _open_answers(results, other),
+        _dialogues(results),
         _played(predictions, data_dir),
         _training(metrics),
         page.section("Where the time went", "Wall-clock seconds by stage.", page.stage_table(results["seconds"])),
@@ -197,6 +198,23 @@ def _transcription(spoken: Mapping) -> str:
     return page.table(heads, cells)
 
 
+def _dialogues(results: Mapping) -> str:
+    aspects = results.get("aspects")
+    if not aspects:
+        return ""
+    heads = ("aspect", "quality", "95%", "content", "form", "other clip", "n", "failed", "unparsable")
+    rows = []
+    for aspect, whole in aspects.items():
+        for name, r in {aspect: whole, **{f"{aspect}: {kind}": r for kind, r in whole["kinds"].items()}}.items():
+            shares = (page.share(r["quality"]), _interval(r["quality_interval"]), page.share(r["content"]), page.share(r["form"]))
+            rows.append((name.replace("_", " "), *shares, page.share(r["other_clip"]), r["n"], r["failed"], r["unparsable"]))
+    note = (
+        "Share of held-out dialogues whose last reply has the right content and the form that was asked for, held against "
+        "facts by a program; replies before it are the reference's."
+    )
+    return page.section("Does it converse?", note, page.table(heads, rows))
+
+
 def _ablation(results: Mapping, other: Mapping) -> str:
     def row(name: str, ours: float | None, theirs: float | None) -> tuple[str, str, str, str]:
         change = "–" if ours is None or theirs is None else f"{ours - theirs:+.2f}"
@@ -277,19 +295,26 @@ def _series(metrics: Sequence[Mapping], key: str, label: str, colour: str = "mod
     return Series(label, [(row["step"], row[key]) for row in metrics if row.get(key) is not None], colour, smooth)
 
 
+def _losses(metrics: Sequence[Mapping], prefix: str) -> list[Series]:
+    """A series for every loss whose name starts with `prefix`."""
+    colours = ("model", "other", "probe", "second", "plain")
+    names = sorted({key for row in metrics for key in row if key.startswith(prefix)})
+    return [
+        _series(metrics, name, name.removeprefix(prefix).replace("_", " "), colours[i % len(colours)])
+        for i, name in enumerate(names)
+    ]
+
+
 def _training(metrics: Sequence[Mapping]) -> str:
     if not metrics:
         return page.section("Training", "No metrics were found in the run directory.")
-    sources = sorted({key for row in metrics for key in row if key.startswith("loss/")})
-    colours = ("model", "other", "probe", "second", "plain")
-    by_source = [
-        _series(metrics, key, key.removeprefix("loss/").replace("_", " "), colours[i % len(colours)])
-        for i, key in enumerate(sources)
-    ]
+    by_source = _losses(metrics, "loss/")
+    by_aspect = [series for series in _losses(metrics, "aspect_loss/") if "." not in series.label]
     losses = [_series(metrics, "loss", "train", smooth=True), _series(metrics, "validation_loss", "validation", "other")]
     charts = [
         line_chart("Loss", losses, "nats per trained token"),
         line_chart("Loss by source", by_source, "nats per trained token") if by_source else "",
+        line_chart("Loss by aspect", by_aspect, "nats per trained token") if by_aspect else "",
         line_chart("Learning rate", [_series(metrics, "learning_rate", "learning rate")]),
         line_chart("Gradient norm", [_series(metrics, "grad_norm", "gradient norm", smooth=True)], "before clipping", log=True),
         line_chart("Tokens", [_series(metrics, "tokens_per_second", "tokens", smooth=True)], "per second, all ranks"),

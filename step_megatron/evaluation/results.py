@@ -3,6 +3,7 @@
     {"tasks": {NAME: {"accuracy", "majority", "other_clip", "probe", "n", ...}},
      "transcription": {"cer", "wer", "n", ..., "languages": {LL: {"cer", ...}}, "whisper": {"cer", ...} or null},
      "text_only": {"accuracy", "majority", "n", ..., "tasks": {NAME: {...}}},
+     "aspects": {ASPECT: {"quality", "content", "form", "other_clip", "n", ..., "kinds": {NAME: {...}}}},
      "seconds": {STAGE: s}}
 
 Every share is a float in [0, 1], or null where it was not measured (no train items, one label only, no clip). `n` is the number
@@ -11,8 +12,9 @@ Wilson intervals.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 
+from step_megatron.evaluation.aspects import score_aspects
+from step_megatron.evaluation.predictions import Prediction
 from step_megatron.evaluation.scoring import (
     LabelScore,
     normalise_label,
@@ -20,36 +22,7 @@ from step_megatron.evaluation.scoring import (
     score_transcripts,
     wilson_interval,
 )
-from step_megatron.evaluation.tasks import TRANSCRIPTION, majority_label, training_task
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One answered item, a line of `predictions.jsonl`.
-
-    Attributes:
-        reply: generated text from inside `<think>` on; None if the item failed (its clip could not be read).
-        other_clip: addresses heard in the control, None where there is no control.
-        other_clip_reply: reply to the same question about those clips; None if not asked or failed.
-        probe: the linear probe's answer, None where there is no probe.
-        language: what is spoken, two letters; None where the data does not say.
-    """
-
-    id: str
-    task: str
-    kind: str
-    question: str
-    answer: str
-    reference_reasoning: str | None
-    audio: tuple[str, ...]
-    reply: str | None
-    other_clip: tuple[str, ...] | None = None
-    other_clip_reply: str | None = None
-    probe: str | None = None
-    language: str | None = None
-
-    def row(self) -> dict:
-        return asdict(self)
+from step_megatron.evaluation.tasks import DIALOGUE, TRANSCRIPTION, majority_label, training_task
 
 
 def build_results(
@@ -68,7 +41,7 @@ def build_results(
     groups: dict[str, list[Prediction]] = {}
     for prediction in predictions:
         groups.setdefault(prediction.task, []).append(prediction)
-    by_kind = {kind: {} for kind in ("classification", TRANSCRIPTION, "text_only")}
+    by_kind = {kind: {} for kind in ("classification", TRANSCRIPTION, "text_only", DIALOGUE)}
     for task, members in sorted(groups.items()):
         by_kind[members[0].kind][task] = members
     transcripts = [p for members in by_kind[TRANSCRIPTION].values() for p in members]
@@ -76,6 +49,7 @@ def build_results(
         "tasks": {task: _classification(members, train_answers) for task, members in by_kind["classification"].items()},
         "transcription": {**_transcription(transcripts), "whisper": whisper},
         "text_only": _text_only(by_kind["text_only"], train_answers),
+        "aspects": score_aspects(p for members in by_kind[DIALOGUE].values() for p in members),
         "seconds": {stage: round(float(s), 2) for stage, s in seconds.items()},
     }
 
@@ -172,6 +146,10 @@ def result_line(results: Mapping) -> str:
     rates = [("transcription", spoken), *spoken["languages"].items()]
     rates += [(spoken["whisper"]["name"], spoken["whisper"])] if spoken["whisper"] else []
     parts += [f"{name} cer {share(each['cer'])} wer {share(each['wer'])} (n {each['n']})" for name, each in rates]
+    parts += [
+        f"{aspect} {share(r['quality'])} (other clip {share(r['other_clip'])}, n {r['n']})"
+        for aspect, r in results["aspects"].items()
+    ]
     parts.append(f"text-only {share(text['accuracy'])} (n {text['n']})")
     if results["seconds"]:
         parts.append("seconds " + " ".join(f"{stage} {s:.0f}" for stage, s in results["seconds"].items()))

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +18,9 @@ import torch
 
 from step_megatron.data.schema import Conversation
 from step_megatron.evaluation.files import write_json, write_jsonl
+from step_megatron.evaluation.predictions import Prediction
 from step_megatron.evaluation.probe import clip_features, probe_predictions
-from step_megatron.evaluation.results import Prediction, build_results, result_line
+from step_megatron.evaluation.results import build_results, result_line
 from step_megatron.evaluation.scoring import split_reply
 from step_megatron.evaluation.tasks import (
     Item,
@@ -135,6 +136,8 @@ def predict(listener: Listener, test: Sequence[Item], train: Sequence[Labelled],
                     other_clip=other,
                     other_clip_reply=replies.get((task, i, "other")),
                     probe=probed[task][i] if task in probed else None,
+                    aspect=item.aspect,
+                    check=item.check,
                 )
             )
     return predictions
@@ -248,14 +251,6 @@ def sample_predictions(predictions: Sequence[Prediction], count: int, seed: int)
         rng.shuffle(queue)
     rounds = max(map(len, queues.values()), default=0)
     return [queue[i] for i in range(rounds) for queue in queues.values() if i < len(queue)][:count]
-
-
-def read_predictions(rows: Sequence[dict]) -> list[Prediction]:
-    """Predictions from the lines of `predictions.jsonl`."""
-    predictions = [Prediction(**row) for row in rows]
-    return [
-        replace(p, audio=tuple(p.audio), other_clip=None if p.other_clip is None else tuple(p.other_clip)) for p in predictions
-    ]
 
 
 @contextmanager

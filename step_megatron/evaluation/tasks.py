@@ -6,7 +6,8 @@
 - `other_clip_donors`, `with_audio`: the control that asks the same question about another clip;
 - `majority_label`, `training_task`: what the train split says about a task.
 
-Three kinds of task: `classification` (a closed set of labels, about audio), `transcription`, and `text_only` (no audio).
+Four kinds of task: `classification` (a closed set of labels, about audio), `transcription`, `text_only` (no audio), and
+`dialogue` (the last reply has a check, `meta.checks`).
 """
 
 import dataclasses
@@ -17,10 +18,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from step_megatron.data.aspects import aspect_of
 from step_megatron.data.schema import Audio, Conversation, read_conversations
 from step_megatron.evaluation.scoring import normalise_label
 
-TRANSCRIPTION = "transcription"
+TRANSCRIPTION, DIALOGUE = "transcription", "dialogue"
 # `language_other_corpus` is tested on a corpus that training never saw: its train labels and train clips are those of `language`.
 OTHER_CORPUS = "_other_corpus"
 
@@ -34,6 +36,8 @@ class Item:
         reasoning: the reference's reasoning, or None.
         audio: addresses of the clips in the conversation, in order.
         language: `meta.language`, two letters, or None.
+        aspect: of a dialogue, as `aspects.aspect_of`.
+        check: the JSON object of what the last reply must be (`data.checks`), or None.
     """
 
     id: str
@@ -43,6 +47,8 @@ class Item:
     reasoning: str | None
     audio: tuple[str, ...]
     language: str | None = None
+    aspect: str = ""
+    check: dict | None = None
 
     @property
     def question(self) -> str:
@@ -51,6 +57,8 @@ class Item:
 
     @property
     def kind(self) -> str:
+        if self.check is not None:
+            return DIALOGUE
         if not self.audio:
             return "text_only"
         return TRANSCRIPTION if self.task == TRANSCRIPTION else "classification"
@@ -88,6 +96,8 @@ def to_item(conversation: Conversation, origin: str) -> Item:
         reasoning=conversation.turns[-1].reasoning,
         audio=question.audio_addresses(),
         language=conversation.meta.get("language"),
+        aspect=aspect_of(conversation.meta),
+        check=conversation.meta.get("checks", [None])[-1],
     )
 
 
@@ -131,16 +141,15 @@ def group_by_task(items: Iterable[Item]) -> dict[str, list[Item]]:
     """Items by task, tasks sorted by name, items in file order.
 
     Raises:
-        ValueError: if a task has both items with audio and items without.
+        ValueError: if a task has items of several kinds.
     """
     groups: dict[str, list[Item]] = {}
     for item in items:
         groups.setdefault(item.task, []).append(item)
     for task, members in groups.items():
         if len({item.kind for item in members}) > 1:
-            raise ValueError(
-                f"task {task!r} mixes items with audio and items without; give the text-only ones a name of their own"
-            )
+            kinds = " and ".join(sorted({item.kind for item in members}))
+            raise ValueError(f"task {task!r} mixes {kinds} items; give those of each kind a name of their own")
     return dict(sorted(groups.items()))
 
 

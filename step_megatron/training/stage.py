@@ -12,6 +12,7 @@ A run directory holds all there is to know about a run:
 Calling it again on the same directory goes on from the newest checkpoint: the same batches, the same numbers as without the stop.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
@@ -88,12 +89,16 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
         raise ConfigError("data.sources is empty; name at least one source: [{name: speech, path: train.jsonl, weight: 1}]")
     tokenizer = load_tokenizer(config)
     checkpoint = newest_good(config.run.dir, refuse_damaged=config.training.damaged_checkpoint == "refuse")
-    if checkpoint is not None:
-        check_record(config, runtime)
     # Before anything takes long: it is an error where nothing can be written.
     checkpoints = _checkpoints(config, runtime)
     index = AudioIndex.load(config.data.index) if config.data.index else None
     loader, validation = _loaders(config, tokenizer, index, runtime)
+    if config.training.epochs:
+        steps = loader.steps_in(config.training.epochs)
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps))
+        logger.info("training.epochs=%g: %d steps", config.training.epochs, steps)
+    if checkpoint is not None:
+        check_record(config, runtime)
     clips = loader.sources.clips + (validation.sources.clips if validation else 0)
     audio = encoded_audio(config, runtime, index, passes_over(config, loader, validation), clips) if clips else None
     if audio is not None and audio.cache is not None:

@@ -25,7 +25,12 @@ def ask(name: str, text: str, **meta) -> Conversation:
 
 @pytest.fixture
 def files(tmp_path):
-    train = [clip("a", "a.wav", "Hello, there!"), clip("b", "b.wav", "good bye"), ask("t", "2 + 2?", task="sum")]
+    tag = {"aspect": "continuity", "aspect_kind": "context"}
+    train = [
+        clip("a", "a.wav", "Hello, there!", **tag),
+        clip("b", "b.wav", "good bye", texts=["New!", 7]),
+        ask("t", "2 + 2?", task="sum"),
+    ]
     test = [
         clip("c", "c.wav", "hello there", split="test"),
         clip("d", "d.wav", "new", split="validation"),
@@ -60,6 +65,9 @@ def test_counts_are_the_sums_of_the_conversations(files, compact):
     assert heard["trained_tokens"] == sum(sample.trained_tokens for sample in samples)
     assert rows["corpus", "transcription", "validation"]["not_indexed"] == 1
     assert report["total"]["conversations"] == 8 and report["total"]["audio_seconds"] == 53
+    assert report["aspects"]["continuity"] == report["aspects"]["continuity.context"]
+    assert report["aspects"]["continuity"]["trained_tokens"] == samples[0].trained_tokens
+    assert list(report["aspects"]) == ["continuity", "continuity.context"]
     assert json.loads(json.dumps(report)) == report
 
 
@@ -68,7 +76,7 @@ def test_what_is_in_two_splits_is_found(files, compact):
     assert found == {
         "ids": ["t"],
         "clips": ["2 (test, train)"],
-        "transcripts": ["hello there (test, train)"],
+        "transcripts": ["hello there (test, train)", "new (train, validation)"],
         "questions": ["2 + 2? (test, train)"],
     }
     lone = inspect_files(files.paths[:1], compact, files.index)["duplicates"]
@@ -83,8 +91,9 @@ def test_without_index_and_tokenizer_the_rest_is_counted(files):
 def test_table_has_a_line_for_each_row(files, compact):
     report = inspect_files(files.paths, compact, files.index)
     lines = table(report).splitlines()
-    assert len(lines) == 2 + 5 + 1 + 4
+    assert len(lines) == 2 + 5 + 1 + 2 + 4
     assert lines[0].split()[:4] == ["source", "task", "split", "conversations"]
     assert lines[2].split()[:7] == ["corpus", "transcription", "train", "2", "4", "2", "3"]
-    assert lines[7].startswith("total") and lines[8] == "ids used twice: 1, such as t"
+    assert lines[7].startswith("total") and lines[10] == "ids used twice: 1, such as t"
+    assert lines[8].startswith("aspect continuity: 1 conversations of 2.0 turns, ")
     assert len({len(line) for line in lines[:8]}) == 1, "columns are aligned"

@@ -8,8 +8,9 @@ import torch
 
 from step_megatron.data.schema import Audio, Conversation, Text, Turn
 from step_megatron.evaluation import files
-from step_megatron.evaluation.results import Prediction, build_results, result_line
-from step_megatron.evaluation.run import Limits, predict, print_samples, read_predictions, sample_predictions, stage_seconds
+from step_megatron.evaluation.predictions import Prediction, read_predictions
+from step_megatron.evaluation.results import build_results, result_line
+from step_megatron.evaluation.run import Limits, predict, print_samples, sample_predictions, stage_seconds
 from step_megatron.evaluation.tasks import Labelled, to_item
 
 LANGUAGES = ("italian", "french", "russian")
@@ -31,7 +32,7 @@ def test_results_have_exactly_the_published_form():
         {"language": ["a", "a", "b"], "sums": ["7"]},
         {"encode": 1.5, "evaluate": 2},
     )
-    assert list(results) == ["tasks", "transcription", "text_only", "seconds"]
+    assert list(results) == ["tasks", "transcription", "text_only", "aspects", "seconds"]
     task = results["tasks"]["language"]
     assert {key: task[key] for key in ("accuracy", "majority", "other_clip", "probe", "n")} == {
         "accuracy": 0.5,

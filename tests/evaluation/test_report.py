@@ -14,8 +14,9 @@ import soundfile
 
 from step_megatron.evaluation.charts import Bar, Series, bar_panel, line_chart, log_ticks, nice_ticks, number, running_median
 from step_megatron.evaluation.files import write_json, write_jsonl
+from step_megatron.evaluation.predictions import Prediction
 from step_megatron.evaluation.report import beats_controls, choose_clips, write_report
-from step_megatron.evaluation.results import Prediction, build_results
+from step_megatron.evaluation.results import build_results
 
 
 class Page(HTMLParser):

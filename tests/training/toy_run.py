@@ -1,6 +1,7 @@
 """A data set and a configuration that train in seconds: tones and sums, and what a test runs on a worker of a pool."""
 
 import base64
+import importlib
 import itertools
 import os
 import signal
@@ -61,11 +62,20 @@ def overrides(data: str, run_dir: str) -> list[str]:
     ]
 
 
-def train(rank: int, world_size: int, *, data: str, run_dir: str, extra: tuple[str, ...] = (), signal_at: int = 0) -> dict:
-    """Run `midtrain`; at step `signal_at` rank 0 gets a SIGTERM, as from a scheduler that takes the machine back."""
+def train(
+    rank: int,
+    world_size: int,
+    *,
+    data: str,
+    run_dir: str,
+    extra: tuple[str, ...] = (),
+    signal_at: int = 0,
+    stage: str = "midtrain",
+) -> dict:
+    """Run a stage; at step `signal_at` rank 0 gets a SIGTERM, as from a scheduler that takes the machine back."""
     from unittest import mock
 
-    from step_megatron.training import loop, midtrain
+    from step_megatron.training import loop
 
     step = loop.training_step
 
@@ -76,7 +86,7 @@ def train(rank: int, world_size: int, *, data: str, run_dir: str, extra: tuple[s
 
     config = load_config(None, overrides(data, run_dir) + list(extra))
     with mock.patch.object(loop, "training_step", step_then_signal):
-        return midtrain.midtrain(config)
+        return getattr(importlib.import_module(f"step_megatron.training.{stage}"), stage)(config)
 
 
 def encode_clips(rank: int, world_size: int, *, data: str, run_dir: str, extra: tuple[str, ...] = ()) -> int:

@@ -27,18 +27,27 @@ def check_splits(directory: str | Path) -> None:
     spoken = {split: read_conversations(directory / f"{split}.jsonl") for split in SPLITS}
     written = {split: read_conversations(directory / f"text_{split}.jsonl") for split in SPLITS}
     for kind, of in (("transcript", _texts), ("group", _groups)):
-        _disjoint(kind, {split: of(spoken[split]) for split in SPLITS})
-    _disjoint("clip", {split: _contents(spoken[split], directory) for split in SPLITS})
-    _disjoint("question", {split: {c.turns[0].text for c in written[split]} for split in SPLITS})
+        disjoint(kind, {split: of(spoken[split]) for split in SPLITS})
+    disjoint("clip", {split: _contents(spoken[split], directory) for split in SPLITS})
+    disjoint("question", {split: {c.turns[0].text for c in written[split]} for split in SPLITS})
     templates = {split: {c.meta["template"] for c in written[split]} for split in SPLITS}
-    _disjoint("template", {"train": templates["train"] | templates["validation"], "test": templates["test"]})
+    disjoint("template", {"train": templates["train"] | templates["validation"], "test": templates["test"]})
     for split in ("validation", "test"):
         for conversation in spoken[split] + written[split]:
             if len(conversation.turns) != 2:
                 raise SplitError(f"{split}: {conversation.id} has {len(conversation.turns)} turns; an item is one question")
 
 
-def _disjoint(kind: str, sets: dict[str, set[str]]) -> None:
+def disjoint(kind: str, sets: dict[str, set[str]]) -> None:
+    """Check that no two splits share anything.
+
+    Args:
+        kind: what is looked at, for the message.
+        sets: split -> its members.
+
+    Raises:
+        SplitError: names the splits and an example.
+    """
     for first, second in combinations(sets, 2):
         if shared := sets[first] & sets[second]:
             raise SplitError(f"{first} and {second} share {len(shared)} {kind}s, such as {min(shared)!r}")
