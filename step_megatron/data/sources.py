@@ -70,7 +70,7 @@ class TrainingSources:
         known: dict[str, bool] = {}
         self._aspects: list[set[str]] = [set() for _ in sources]
         self._rows = [self._usable(source, file, has_tokens, known) for source, file in enumerate(self._files)]
-        # What is left out whoever trains on the rest, and however long.
+        # Left out whatever is drawn; `leave_out` adds what a sample's rendering shows.
         self._unusable = dict(self.left_out)
         self.clips = sum(known.values())
         missing = [clip for clip, there in known.items() if not there]
@@ -97,7 +97,11 @@ class TrainingSources:
         """SHA-256 of a source's file and of which of its samples are usable."""
         with self._files[source].path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"file": content, "usable": hashlib.sha256(np.unique(self._rows[source][:, 0]).tobytes()).hexdigest()}
+        return {"file": content, "usable": hashlib.sha256(self._conversations(source).tobytes()).hexdigest()}
+
+    def _conversations(self, source: int) -> np.ndarray:
+        """Rows of a source's usable conversations, int64 `[n]`."""
+        return np.unique(self._rows[source][:, 0])
 
     def leave_out(self, source: int, index: int, name: str, reason: str, remedy: str) -> None:
         """Leave out a usable sample that cannot be trained on; counted once, however many epochs meet it.
@@ -113,9 +117,10 @@ class TrainingSources:
         if not self._note(source, int(self._rows[source][index][0]), name, reason, remedy):
             return
         count = sum(place[0] == source and place not in self._unusable for place in self.left_out)
-        if count > self._limit * self.size(source):
+        usable = len(self._conversations(source))
+        if count > self._limit * usable:
             raise DataError(
-                f"{count} of the {self.size(source)} samples of source {self._names[source]!r} cannot be trained on, more than "
+                f"{count} of the {usable} samples of source {self._names[source]!r} cannot be trained on, more than "
                 f"data.quarantine_limit={self._limit:g} allows; the last is {name!r}: {reason}: {remedy}, or raise the limit"
             )
 
@@ -157,7 +162,7 @@ class TrainingSources:
         rows = []
         for row, conversation in enumerate(file):
             if found := self._refused(conversation):
-                self._note(source, row, conversation.id, found, "set data.filters to keep it")
+                self._note(source, row, conversation.id, found, "change data.filters to keep it")
                 continue
             clips = located(conversation, file.path, self._index_dir).audio_addresses()
             if clips and has_tokens is None:

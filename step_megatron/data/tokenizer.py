@@ -191,9 +191,8 @@ def build_compact(texts: Iterable[str], tiktoken_path: str | Path, out_dir: str 
         raise TokenizerError(
             f"a compact vocabulary needs {len(SPECIALS) + 256} ids for specials and bytes; limit is {limit}: raise it"
         )
-    singles = [read_ranks(Path(tiktoken_path))[bytes([byte])] for byte in range(256)]
-    every = {**PUBLISHED_IDS, **PLACEHOLDER_IDS}
-    start = [every[name] for name in SPECIALS] + singles
+    ranks, every = read_ranks(Path(tiktoken_path)), {**PUBLISHED_IDS, **PLACEHOLDER_IDS}
+    start = [*(every[name] for name in SPECIALS), *(ranks[bytes([byte])] for byte in range(256))]
     specials = {name: number for number, name in enumerate(SPECIALS)}
     return _write_compact(specials, start, texts, Path(tiktoken_path), Path(out_dir), limit)
 

@@ -9,7 +9,7 @@ import torch
 
 from step_megatron.audio.errors import AudioError
 from step_megatron.config.load import load_config
-from step_megatron.data.schema import Audio, Text, Turn, read_conversations
+from step_megatron.data.schema import Audio, Conversation, Text, Turn, read_conversations
 from step_megatron.data.template import render
 from step_megatron.evaluation.chat import Chat, chat
 from step_megatron.evaluation.load import inference_config, loaded_run
@@ -76,6 +76,24 @@ def test_a_relative_data_directory_is_the_shells(trained, monkeypatch):
 def test_clip_that_was_never_indexed_says_what_to_do(trained):
     with loaded_run(trained.run, trained.data) as run, pytest.raises(ValueError, match="data validate"):
         run.encode(["never.wav"])
+
+
+def test_prompts_follow_the_runs_setting_of_earlier_reasoning(trained):
+    turns = [
+        Turn("human", (Audio("0.wav"), Text("How high?"))),
+        Turn("assistant", (Text("low"),), reasoning="a deep tone"),
+        Turn("function_output", (Text("110 Hz"),)),
+        Turn("human", (Text("And this?"), Audio("1.flac"))),
+    ]
+    conversation = Conversation("c", "s", tuple(turns))
+    with loaded_run(trained.run, trained.data) as run:
+        run.encode(["0.wav", "1.flac"])
+        kept = run.prompt(conversation)
+        run.config.tokenizer.earlier_reasoning = "strip"
+        stripped = run.prompt(conversation)
+        texts = [run.tokenizer.decode(prompt.tokens, skip_special=True) for prompt in (kept, stripped)]
+    assert texts[1] == texts[0].replace("a deep tone", "") != texts[0] and "110 Hz" in texts[1]
+    assert stripped.encoder_frames == kept.encoder_frames and len(stripped.audio_positions) == len(kept.audio_positions)
 
 
 def test_missing_run_and_missing_checkpoint_say_what_to_do(trained, tmp_path):

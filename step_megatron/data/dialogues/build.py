@@ -59,8 +59,8 @@ def build_dialogues(open_speech: str | Path, out: str | Path, seed: int = 1, cou
     dropped: Counter[str] = Counter()
     counts = counts or COUNTS
     made = {split: list(_of_split(open_speech, split, counts[split], seed, dropped)) for split in SPLITS}
-    for kind in ("texts", "groups", "clips"):
-        disjoint(kind, {split: {text for each in made[split] for text in each.meta[kind]} for split in SPLITS})
+    for kind in ("text", "group", "clip"):
+        disjoint(kind, {split: {name for each in made[split] for name in each.meta[f"{kind}s"]} for split in SPLITS})
     summary = {
         "open_speech": os.path.relpath(open_speech, out),
         "seed": seed,
