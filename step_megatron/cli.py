@@ -142,7 +142,7 @@ def _add_data(commands) -> None:
         "--open-speech", type=Path, default=_default_data() / "open-speech", help="folder that `data build` wrote"
     )
     parser.add_argument("--out", type=Path, help="folder to write (default: OPEN_SPEECH/dialogues)")
-    parser.add_argument("--per-aspect", type=int, help="training dialogues of each of the four aspects (default: 400)")
+    parser.add_argument("--per-aspect", type=int, help="training dialogues of each of the four aspects (default: 300)")
     parser.add_argument("--seed", type=int, default=1)
     parser = _command(data, "from-manifest", _data_from_manifest, "turn a NeMo manifest (tarred or not) into conversations")
     parser.add_argument("manifest", type=Path, metavar="MANIFEST.json")

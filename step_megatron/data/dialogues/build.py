@@ -28,7 +28,7 @@ from step_megatron.runtime.folders import whole_folder
 
 SOURCE = "dialogues"
 # Dialogues of each aspect.
-COUNTS = {"train": 400, "validation": 16, "test": 100}
+COUNTS = {"train": 300, "validation": 16, "test": 100}
 # Draws without a new dialogue after which a split has too few clips for what is asked.
 _FRUITLESS = 500
 
