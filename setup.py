@@ -155,7 +155,7 @@ setup(
     packages=find_packages(include=["step_megatron", "step_megatron.*"]) + ["step_kernels", "step_kernels.bench"],
     package_dir={"step_kernels": "kernels/step_kernels"},
     package_data={
-        "step_megatron": ["config/presets/*.yaml", "data/fetch/sources.yaml"],
+        "step_megatron": ["config/presets/*.yaml", "data/fetch/sources.yaml", "rl/label_page.html"],
         "step_kernels.bench": ["asterisk_lengths.json"],
     },
     ext_modules=[Extension("step_kernels._native", []), *host_extension()],

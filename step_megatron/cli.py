@@ -1,4 +1,4 @@
-"""The command line: `step-megatron doctor | data | train | judge | eval | report | chat | convert | bench`.
+"""The command line: `step-megatron doctor | data | train | judge | label | eval | report | chat | convert | bench`.
 
 Every command imports what it needs when it runs, so that `--help` and `doctor` work on a machine where the rest does not.
 An error that a user can mend (a bad path, a bad setting, bad data) prints its message and exits with 2; anything else is a defect
@@ -196,6 +196,12 @@ def _add_judge(commands) -> None:
     parser.add_argument("--run", type=Path, help="run of a reward model (default: ask the server)")
     parser.add_argument("--listen", action="store_true", help="send the clips along to the server")
     _with_config(parser)
+    parser = _command(commands, "label", _label, "compare replies by eye and ear in a browser; writes preference records")
+    parser.add_argument("source", type=Path, metavar="RUN", help="a run with preferences.jsonl, or a file of records")
+    parser.add_argument("--out", type=Path, required=True, metavar="LABELLED.jsonl")
+    parser.add_argument("--labeller", default="", help="who labels, for the records")
+    parser.add_argument("--levels", type=int, default=7, help="of the scale (rl.judge.levels)")
+    parser.add_argument("--port", type=int, default=0, help="on this machine (default: a free one)")
     text = "judgments beside known verdicts: accuracy, disagreement of orders, confusion, a length-only baseline"
     parser = _command(judge, "calibrate", _judge_calibrate, text)
     parser.add_argument("preferences", type=Path, metavar="PREFERENCES.jsonl")
@@ -394,6 +400,18 @@ def _judge_calibrate(options) -> None:
     preferences = read_preferences(options.preferences)
     found = calibrate(preferences, read_judgments(options.judgments, preferences), Scale(options.levels))
     print(json.dumps(found) if options.json else report(found))
+
+
+def _label(options) -> None:
+    from step_megatron.audio.front_end import LogMelFrontEnd
+    from step_megatron.audio.wav import wav_bytes
+    from step_megatron.rl.judge.scale import Scale
+    from step_megatron.rl.labelling import Labelling, serve
+
+    labelling = Labelling(options.source, options.out, Scale(options.levels), options.labeller)
+    server, address = serve(labelling, partial(wav_bytes, LogMelFrontEnd(mels=80), labelling.file.parent), options.port)
+    print(f"{address}\nopen it in a browser on this machine; Ctrl-C ends", flush=True)
+    server.serve_forever()
 
 
 def _eval(options) -> None:

@@ -1,16 +1,11 @@
 """Ask a judge about a file of preferences: a trained run, or the configured server."""
 
-import io
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-import soundfile
-
-from step_megatron.audio.address import parse_address
-from step_megatron.audio.errors import AudioError
 from step_megatron.audio.front_end import LogMelFrontEnd
-from step_megatron.audio.geometry import SAMPLE_RATE
+from step_megatron.audio.wav import wav_bytes
 from step_megatron.config.schema import Config
 from step_megatron.data.preferences import read_preferences
 from step_megatron.evaluation.load import TrainedRun, loaded_run
@@ -39,7 +34,7 @@ def ask(preferences: Path, out: Path, config: Config, run: Path | None = None, l
         with loaded_run(run, preferences.parent) as trained:
             judgments = _judge(preferences, config, ModelJudge(partial(_complete, trained, config)))
     else:
-        wav = partial(_wav, LogMelFrontEnd(config.encoder.mels), preferences.parent) if listens else None
+        wav = partial(wav_bytes, LogMelFrontEnd(config.encoder.mels), preferences.parent) if listens else None
         with closing(ServerJudge(config.rl.judge, wav)) as judge:
             judgments = _judge(preferences, config, judge)
     write_judgments(out, judgments)
@@ -61,18 +56,3 @@ def _complete(trained: TrainedRun, config: Config, prompts, seeds) -> list[str |
         batch = prompts[start : start + _BATCH]
         texts += trained.reply(batch, config.rl.judge.max_tokens, config.rl.judge.temperature, seeds[start])
     return texts
-
-
-def _wav(front_end: LogMelFrontEnd, folder: Path, address: str) -> bytes:
-    """A clip as a WAV file of 16 kHz, whatever it is stored as.
-
-    Raises:
-        AudioError: it cannot be read.
-    """
-    place = parse_address(address, folder)
-    decoded = front_end.decode([place.read()], [place.name])[0]
-    if isinstance(decoded, AudioError):
-        raise decoded
-    file = io.BytesIO()
-    soundfile.write(file, decoded.waveform, SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    return file.getvalue()
