@@ -119,8 +119,8 @@ def judge_pairs(pairs: Sequence[Pair], judge: Judge, settings: JudgeConfig, seed
 
 
 def summarise(judgments: Sequence[Judgment]) -> dict[str, float]:
-    """Counts that ranks add up: `judged`, `masked`, `retried` answers, `both_orders`, `orders_disagree`, `cut` prompts, and
-    `failed.KIND` answers."""
+    """Counts that ranks add up: `judged` and `masked` pairs, those asked in `both_orders`, of them those whose `orders_disagree`,
+    those that were `cut`, and answers that were no verdict, `failed.KIND`."""
     counts = Counter(f"failed.{kind}" for judgment in judgments for kind in judgment.failures)
     known = [judgment.orders_disagree for judgment in judgments if judgment.orders_disagree is not None]
     return {

@@ -53,6 +53,9 @@ class ServerJudge:
         if settings.api_key_env and not os.environ.get(settings.api_key_env):
             raise JudgeServerError(f"rl.judge.server.api_key_env: the variable {settings.api_key_env} is not set; export the key")
         self.judge, self.settings, self._wav, self._sleep, self._jitter = judge, settings, wav, sleep, jitter
+        # Who refuses a header says what was in it.
+        if not (self._key().isascii() and self._key().isprintable()):
+            raise JudgeServerError(f"rl.judge.server.api_key_env: {settings.api_key_env} holds what no key has; export it again")
         self._endpoint = settings.url.rstrip("/") + "/chat/completions"
         self._cache = AnswerCache(settings.cache_dir) if settings.cache_dir else None
         self._pool = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="judge")
@@ -110,7 +113,7 @@ class ServerJudge:
 
     def _key(self) -> str:
         """Read each time, and kept nowhere."""
-        return os.environ.get(self.settings.api_key_env, "") if self.settings.api_key_env else ""
+        return os.environ.get(self.settings.api_key_env, "").strip() if self.settings.api_key_env else ""
 
     def _without_key(self, text: str) -> str:
         """A server's message may repeat what it was sent."""

@@ -225,6 +225,17 @@ def test_a_server_that_cannot_be_asked_is_refused_at_the_start(settings, message
         ServerJudge(configured(**{"url": "http://127.0.0.1:1/v1", "model": "m", **settings}))
 
 
+def test_a_key_that_fits_no_header_is_refused_without_being_shown(monkeypatch):
+    for spoilt in (f"{KEY}\nX-Other: 1", f"{KEY}é"):
+        monkeypatch.setenv("JUDGE_KEY", spoilt)
+        with pytest.raises(JudgeServerError, match="JUDGE_KEY holds what no key has") as error:
+            ServerJudge(configured(url="http://127.0.0.1:1/v1", model="m", api_key_env="JUDGE_KEY"))
+        assert KEY not in str(error.value)
+    monkeypatch.setenv("JUDGE_KEY", f" {KEY}\n")
+    with judging(api_key_env="JUDGE_KEY") as (server, judge, _):
+        assert reward_of(judge) is not None and server.headers[0]["Authorization"] == f"Bearer {KEY}"
+
+
 def test_no_more_requests_than_allowed_are_on_the_way_from_however_many_threads():
     gate = threading.Barrier(3, timeout=60)
 
