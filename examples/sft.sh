@@ -32,7 +32,10 @@ python - "$run" <<'END'
 import json, pathlib, sys
 run = pathlib.Path(sys.argv[1])
 before, after = (json.loads((run / name).read_text())["aspects"] for name in ("before/results.json", "results.json"))
+def share(value):
+    return "-" if value is None else f"{value:.2f}"
 print(f"\n{'held-out dialogues':<24}{'before':>8}{'after':>8}{'another clip':>14}{'n':>6}")
 for aspect, r in after.items():
-    print(f"{aspect.replace('_', ' '):<24}{before[aspect]['quality']:8.2f}{r['quality']:8.2f}{r['other_clip']:14.2f}{r['n']:6}")
+    figures = share(before[aspect]["quality"]), share(r["quality"]), share(r["other_clip"])
+    print("{:<24}{:>8}{:>8}{:>14}{:>6}".format(aspect.replace("_", " "), *figures, r["n"]))
 END
