@@ -42,23 +42,47 @@ def compile_kernel(source: Path, *flags: str) -> ctypes.CDLL:
         FileNotFoundError: CUDA's headers are missing; says how to get them.
         RuntimeError: the compiler refuses the source.
     """
-    includes = [f"-I{folder}" for folder in toolkit.include_folders(toolkit.require_nvcc())]
-    command = [os.environ.get("CXX", "c++"), "-x", "c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing"]
-    command += ["-Wall", "-Wno-unknown-pragmas", *flags, f"-I{CUDA}", *includes]
-    digest = hashlib.sha256("\0".join(command).encode() + source.read_bytes())
-    for header in sorted((ROOT / "csrc").rglob("*.h")):
-        digest.update(header.read_bytes())
-    library = ROOT / "build" / "emulation" / f"{source.stem}-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        partial = library.with_suffix(f".{os.getpid()}")
-        done = subprocess.run([*command, str(source), "-o", str(partial)], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{source.name} does not compile for the emulation:\n{done.stderr}")
-        partial.replace(library)
+    prelude = _prelude(*flags)
+    command = [*_command(*flags), "-shared", "-include", str(prelude), "-x", "c++", str(source)]
+    library = _made(command, source.read_bytes(), f"{source.stem}-", ".so")
     loaded = ctypes.CDLL(str(library))
     loaded.step_emulation_error.restype, loaded.step_emulation_forbid.restype = ctypes.c_char_p, ctypes.c_bool
     return loaded
+
+
+@functools.cache
+def _prelude(*flags: str) -> Path:
+    """A header with what every kernel begins with, compiled beforehand: CUDA's own headers are most of a kernel's compilation."""
+    text = f'#include "{CUDA / "portable.h"}"\n'
+    header = ROOT / "build" / "emulation" / "prelude.h"
+    header.parent.mkdir(parents=True, exist_ok=True)
+    if not header.exists() or header.read_text() != text:
+        partial = header.with_suffix(f".{os.getpid()}")
+        partial.write_text(text)
+        partial.replace(header)
+    compiled = _made([*_command(*flags), "-x", "c++-header", str(header)], b"", "prelude-", ".h.gch")
+    return compiled.with_suffix("")
+
+
+def _command(*flags: str) -> list[str]:
+    includes = [f"-I{folder}" for folder in toolkit.include_folders(toolkit.require_nvcc())]
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing"]
+    return [*command, "-Wall", "-Wno-unknown-pragmas", *flags, f"-I{CUDA}", *includes]
+
+
+def _made(command: list[str], source: bytes, prefix: str, suffix: str) -> Path:
+    """What the command makes, under a name that says of what: the command, the source and all headers."""
+    digest = hashlib.sha256("\0".join(command).encode() + source)
+    for header in sorted((ROOT / "csrc").rglob("*.h")):
+        digest.update(header.read_bytes())
+    made = ROOT / "build" / "emulation" / f"{prefix}{digest.hexdigest()[:16]}{suffix}"
+    if not made.exists():
+        partial = made.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{command[-1]} does not compile for the emulation:\n{done.stderr}")
+        partial.replace(made)
+    return made
 
 
 def launch(source: Path, symbol: str, *arguments, sanitize: bool = True, orders: tuple[int, ...] = ORDERS) -> None:
