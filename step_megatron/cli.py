@@ -185,6 +185,12 @@ def _add_train(commands) -> None:
     _with_config(parser)
     parser = _command(train, "reward", _train_reward, "the generative reward model, on what `data from-preferences` wrote")
     _with_config(parser)
+    text = "run the batch of a step that was out of order again; under torchrun for a replica of several processes"
+    parser = _command(train, "replay", _train_replay, text)
+    parser.add_argument("folder", type=Path, metavar="RUN/anomalies/...")
+    parser.add_argument("--step", type=int, help="of the checkpoint to run it on (default: the newest from before the batch)")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the run's")
 
 
 def _add_judge(commands) -> None:
@@ -412,6 +418,14 @@ def _label(options) -> None:
     server, address = serve(labelling, partial(wav_bytes, LogMelFrontEnd(mels=80), labelling.file.parent), options.port)
     print(f"{address}\nopen it in a browser on this machine; Ctrl-C ends", flush=True)
     server.serve_forever()
+
+
+def _train_replay(options) -> None:
+    from step_megatron.training.replay import replay, table
+
+    result = replay(options.folder, options.step, options.overrides)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(result) if options.json else table(result))
 
 
 def _eval(options) -> None:

@@ -10,8 +10,7 @@ A clip that cannot be used (its file has gone, or has changed since it was index
 """
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -28,6 +27,7 @@ from step_megatron.audio.geometry import SAMPLE_RATE, chunk_frames, chunk_length
 from step_megatron.audio.index import AudioIndex, ClipInfo
 from step_megatron.config.schema import Config
 from step_megatron.runtime.device import Runtime
+from step_megatron.runtime.files import append_json_line
 from step_megatron.runtime.progress import Progress, get_logger
 
 # Samples that are decoded and encoded together: 5 minutes, 15 MB of log-mel.
@@ -102,12 +102,15 @@ class EncodedAudio:
         self._limit, self._clips = quarantine_limit, len(index) if clips is None else clips
         self._world, self._node = _host_groups(runtime)
 
-    def prepare(self, addresses: Sequence[str | AudioAddress], progress: bool = True) -> Prepared:
+    def prepare(
+        self, addresses: Sequence[str | AudioAddress], progress: bool = True, stop: Callable[[], bool] = lambda: False
+    ) -> Prepared:
         """Encode what the node's cache lacks, shared over the node's ranks; collective over all ranks.
 
         Args:
             addresses: clips that this node will use, the same list on each of its ranks.
             progress: print audio-seconds done, rate and time left on rank 0.
+            stop: asked after every clip whether this rank is to leave the rest to `fetch`; what it has encoded is kept.
 
         Returns:
             How many clips were encoded and failed now; none without a cache (then `fetch` encodes).
@@ -133,6 +136,8 @@ class EncodedAudio:
                 if clip.failure is not None:
                     failed[address] = clip.failure
                 bar.update(info.num_samples / SAMPLE_RATE)
+                if stop():
+                    break
         self.cache.close()
         if self._node is not None:
             dist.barrier(self._node)
@@ -140,10 +145,11 @@ class EncodedAudio:
         failed |= {str(clips[sha256]): reason for sha256 in clips if (reason := self.cache.failure(sha256)) is not None}
         failed = {address: reason for part in self._gather(failed) for address, reason in part.items()}
         now = sum(str(clips[sha256]) in failed for sha256 in todo)
+        encoded = len(todo) - now - (sum(sha256 not in self.cache for sha256 in todo) if stop() else 0)
         if todo:
-            logger.info("%d clips encoded, %d failed", len(todo) - now, now)
+            logger.info("%d clips encoded, %d failed", encoded, now)
         self._count_failures(failed)
-        return Prepared(len(todo) - now, now)
+        return Prepared(encoded, now)
 
     def fetch(self, addresses: Sequence[str | AudioAddress]) -> dict[str, EncodedClip | None]:
         """Clips of this replica's next step; collective over all ranks, also over those whose step has no audio.
@@ -172,6 +178,12 @@ class EncodedAudio:
             failed |= newly_failed
         self._count_failures(failed)
         return {address: None if address in failed else clips.get(address, _ELSEWHERE) for address in wanted}
+
+    def recall(self, failures: dict[str, str]) -> None:
+        """Take over the failures of a run that goes on, those that are still true; collective over all ranks."""
+        self.failures |= failures
+        clips = self.fetch(list(failures)) if failures else {}
+        self.failures = {address: reason for address, reason in self.failures.items() if clips.get(address) is None}
 
     def _lookup(self, addresses: list[str]) -> dict[str, EncodedClip]:
         """What the node's cache holds of these clips, failures included."""
@@ -296,10 +308,8 @@ class EncodedAudio:
         logger.warning("clip %s cannot be used, its samples are left out: %s", address, error)
         if self._quarantine is None:
             return
-        self._quarantine.parent.mkdir(parents=True, exist_ok=True)
         entry = {"address": info.address, "kind": error.kind, "reason": str(error), "rank": self.runtime.rank}
-        with open(self._quarantine, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        append_json_line(self._quarantine, entry)
 
     def _count_failures(self, failed: dict[str, str]) -> None:
         """Keep the agreed failures of the run; too many stop it, on all ranks alike."""

@@ -200,6 +200,9 @@ def _write_tensor(stream: BinaryIO, name: str, info: TensorInfo, tensor: torch.T
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The tensor's own memory; it has to be contiguous."""
+    if not tensor.numel():
+        # NumPy's empty arrays have a stride of 0, which torch does not view in another type.
+        return memoryview(bytearray())
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 

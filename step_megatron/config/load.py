@@ -18,6 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from step_megatron.config.schema import Config, ModelConfig
+from step_megatron.runtime.files import replace_text
 
 PRESETS = Path(__file__).parent / "presets"
 RUN_CONFIG = "config.yaml"
@@ -36,6 +37,21 @@ MODEL_FIELDS = (
     "activation_func",
     "qk_layernorm",
     "softmax_scale",
+)
+
+# What a layout adds to Megatron's configuration; one process has none of it.
+LAYOUT_FIELDS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "sequence_parallel",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "tp_comm_overlap",
 )
 
 
@@ -126,9 +142,18 @@ def with_absolute_paths(config: Config) -> Config:
     return config
 
 
+def for_one_process(config: Config) -> Config:
+    """The same model for one process on the device that is here; the given configuration stays as it is."""
+    config = copy.deepcopy(config)
+    for name in LAYOUT_FIELDS:
+        config.megatron.transformer.pop(name, None)
+    config.run.device = config.run.backend = "auto"
+    return config
+
+
 def save(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML; `load_config(path)` gives it back."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    replace_text(Path(path), yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 
 class _Loader(yaml.SafeLoader):

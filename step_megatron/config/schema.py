@@ -133,6 +133,21 @@ class AudioConfig:
 
 
 @dataclass
+class AnomalyConfig:
+    """What becomes of a step whose loss or gradient norm is out of order: `step_megatron.training.anomalies`."""
+
+    # `skip`: no update. `rewind`: back to the last checkpoint, leaving out the batches since then. `stop`: the run ends.
+    action: Literal["skip", "rewind", "stop"] = "skip"
+    # A loss (a gradient norm) above this multiple of its running median is out of order; 0: only one that is not finite.
+    loss_factor: float = 0.0
+    grad_norm_factor: float = 0.0
+    # Steps that the running median is of; half of them have to be known before anything is held against it.
+    window: int = 100
+    # The run stops at so many in a row, whatever `action` says.
+    max_in_a_row: int = 3
+
+
+@dataclass
 class TrainingConfig:
     """The step loop. Learning rate, weight decay and clipping are Megatron's (`megatron.optimizer`)."""
 
@@ -160,6 +175,10 @@ class TrainingConfig:
     validation_interval: int = 0
     # Micro-batches of one measurement over all data-parallel ranks; the same ones each time.
     validation_micro_batches: int = 8
+    # A rank that gives no sign for so long while the others wait for it is named with its stack, and the run ends with status 75;
+    # 0 never. The slowest part of a step (a checkpoint, a measurement of the validation loss) has to take less.
+    hang_timeout_seconds: float = 600.0
+    anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
 
 
 @dataclass

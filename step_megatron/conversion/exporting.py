@@ -22,7 +22,7 @@ import torch
 from step_megatron.checkpoint.directory import CheckpointError, checkpoint_at, checkpoint_root, latest_checkpoint, steps_in
 from step_megatron.checkpoint.safetensors_files import SafetensorsFiles, TensorInfo, write_safetensors
 from step_megatron.checkpoint.streamed import WeightsReader
-from step_megatron.config.load import RUN_CONFIG, load_config
+from step_megatron.config.load import RUN_CONFIG, for_one_process, load_config
 from step_megatron.config.schema import Config
 from step_megatron.conversion import card, model_configs
 from step_megatron.conversion.importing import ADAPTOR, LANGUAGE_MODEL, meta_model
@@ -30,7 +30,6 @@ from step_megatron.conversion.provenance import copy_licences, history
 from step_megatron.conversion.sources import ConversionError, CTranslate2Encoder, Source
 from step_megatron.conversion.tokenizer_files import NAMES
 from step_megatron.data.tokenizer import Tokenizer
-from step_megatron.evaluation.load import inference_config
 from step_megatron.model.adaptor import adaptor_entries
 from step_megatron.model.decoder import transformer_config
 from step_megatron.model.huggingface import EMBEDDING, decoder_entries
@@ -200,7 +199,7 @@ def _run_config(run_dir: Path) -> Config:
     path = run_dir / RUN_CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a run's directory, or one that `convert import` made")
-    return inference_config(load_config(path))
+    return for_one_process(load_config(path))
 
 
 def _checkpoint(run_dir: Path, step: int | None) -> Path:

@@ -12,6 +12,7 @@ import numpy as np
 from step_megatron.config.schema import SourceConfig
 from step_megatron.data.aspects import aspect_of
 from step_megatron.data.schema import Audio, Conversation, ConversationFile, Text
+from step_megatron.runtime.files import append_json_line
 from step_megatron.runtime.progress import get_logger, rank
 
 NOT_INDEXED = "clip not in the audio index"
@@ -146,10 +147,8 @@ class TrainingSources:
         self._said.add(kind)
         if self._quarantine is not None and (self._names[source], name) not in self._written:
             self._written.add((self._names[source], name))
-            self._quarantine.parent.mkdir(parents=True, exist_ok=True)
             entry = {"id": name, "source": self._names[source], "reason": reason, "remedy": remedy}
-            with open(self._quarantine, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            append_json_line(self._quarantine, entry)
         return True
 
     def _usable(

@@ -5,7 +5,6 @@ with loaded_run(run_dir, data_dir) as run:
     texts = run.reply(conversations, max_new_tokens=96)
 """
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from step_megatron.audio.front_end import LogMelFrontEnd, split_chunks
 from step_megatron.audio.index import INDEX_NAME, AudioIndex
 from step_megatron.checkpoint.directory import latest_checkpoint
 from step_megatron.checkpoint.distributed import load_model_weights
-from step_megatron.config.load import load_config
+from step_megatron.config.load import for_one_process, load_config
 from step_megatron.config.schema import Config
 from step_megatron.data.schema import Conversation
 from step_megatron.data.template import TEMPLATES, render
@@ -36,30 +35,6 @@ from step_megatron.runtime.device import Runtime, initialize, shutdown
 from step_megatron.runtime.progress import get_logger
 
 logger = get_logger(__name__)
-
-# What a layout adds to Megatron's configuration; one process has none of it.
-_LAYOUT = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "context_parallel_size",
-    "sequence_parallel",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "pipeline_model_parallel_layout",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "tp_comm_overlap",
-)
-
-
-def inference_config(config: Config) -> Config:
-    """The same model for one process on the device that is here; the given configuration stays as it is."""
-    config = copy.deepcopy(config)
-    for name in _LAYOUT:
-        config.megatron.transformer.pop(name, None)
-    config.run.device = config.run.backend = "auto"
-    return config
 
 
 @contextmanager
@@ -77,7 +52,7 @@ def loaded_run(run_dir: Path, data_dir: Path | None = None) -> Iterator["Trained
     """
     # The index takes a relative path from its own folder, a shell user means the current one.
     data_dir = data_dir and data_dir.absolute()
-    config = inference_config(_read_config(run_dir))
+    config = for_one_process(_read_config(run_dir))
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:
         raise FileNotFoundError(

@@ -9,6 +9,8 @@ import gc
 import json
 import os
 import sys
+import time
+import uuid
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +60,9 @@ class _Layout:
     cp: int
     vpp: int | None
 
+
+# Between two looks into the store while ranks wait for each other.
+_POLL_SECONDS = 0.02
 
 # The store outlives the groups: a process that initialises twice meets its peers on the same store under another prefix.
 _store: dist.Store | None = None
@@ -109,6 +114,11 @@ def initialize(config: Config) -> Runtime:
 def current() -> Runtime | None:
     """The runtime of this process, None before `initialize` and after `shutdown`."""
     return _runtime
+
+
+def store_client(name: str) -> dist.Store:
+    """A client of its own of the store that all ranks share, its keys under `name`: a thread that waits in a client holds it."""
+    return dist.PrefixStore(f"step-megatron/{_generation}/{name}", _store.clone())
 
 
 def shutdown() -> None:
@@ -204,10 +214,42 @@ def _join(backend: str, rank: int, world_size: int, timeout: datetime.timedelta)
     global _store, _generation
     if _store is None:
         # A single process needs no port at all.
-        _store = dist.HashStore() if world_size == 1 else next(dist.rendezvous("env://", timeout=timeout))[0]
+        _store = dist.HashStore() if world_size == 1 else _fresh_store(rank, world_size, timeout)
     _generation += 1
     store = dist.PrefixStore(f"step-megatron/{_generation}", _store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _fresh_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """The launcher's store, under a prefix that these processes alone have.
+
+    torchrun keeps its store when it restarts the ranks, and they must not read what their predecessors left: the first rank names
+    the prefix to the others, each of which says hello under a name of its own until it is answered.
+    """
+    store = next(dist.rendezvous("env://", timeout=timeout))[0]
+    deadline = time.monotonic() + timeout.total_seconds()
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        waiting = set(range(1, world_size))
+        while waiting and time.monotonic() < deadline:
+            for other in sorted(waiting):
+                if store.check([f"hello/{other}"]):
+                    # A predecessor's name is answered as well; only one of these processes says that it has come.
+                    store.set(f"prefix/{store.get(f'hello/{other}').decode()}", mine)
+                if store.check([f"come/{mine}/{other}"]):
+                    waiting.remove(other)
+            time.sleep(_POLL_SECONDS)
+        if waiting:
+            raise TimeoutError(f"ranks {sorted(waiting)} did not come within run.timeout_minutes")
+        return dist.PrefixStore(mine, store)
+    while not store.check([f"prefix/{mine}"]):
+        if time.monotonic() > deadline:
+            raise TimeoutError("the first rank did not come within run.timeout_minutes")
+        store.set(f"hello/{rank}", mine)
+        time.sleep(_POLL_SECONDS)
+    prefix = store.get(f"prefix/{mine}").decode()
+    store.set(f"come/{prefix}/{rank}", "")
+    return dist.PrefixStore(prefix, store)
 
 
 def _agree_on_kernels(rank: int, device: torch.device) -> None:

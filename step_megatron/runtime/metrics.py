@@ -46,20 +46,35 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         if config.run.wandb_project:
             self._wandb = _start_wandb(folder, config, resume_step)
-        path = folder / FILE_NAME
+        self._folder, self._with_tensorboard = folder, config.run.tensorboard
+        self._open(resume_step)
+
+    def _open(self, resume_step: int) -> None:
+        path = self._folder / FILE_NAME
         _keep_until(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
-        if config.run.tensorboard:
+        if self._with_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+            self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=resume_step + 1)
+
+    def go_back(self, step: int) -> None:
+        """Remove the lines after `step`: the run goes on from there. (Weights & Biases keeps what it was sent.)"""
+        if self._file is not None:
+            self._close_files()
+            self._open(step)
+
+    def flush(self) -> None:
+        """Hand over everything written so far to the system: a kill after this loses nothing of it."""
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Record `values` of `step`: finite, not finite, or None for what is unknown (e.g. MFU on a CPU)."""
         if self._file is None:
             return
         numbers = {name: None if value is None else float(value) for name, value in values.items()}
-        line = {"step": step, "time": round(time.time(), 3)} | {name: _strict(value) for name, value in numbers.items()}
+        line = {"step": step, "time": round(time.time(), 3)} | {name: strict_number(value) for name, value in numbers.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         known = {name: value for name, value in numbers.items() if value is not None}
@@ -71,13 +86,17 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close every output; further calls do nothing."""
+        self._close_files()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._wandb = None
+
+    def _close_files(self) -> None:
         if self._file is not None:
             self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._file = self._tensorboard = self._wandb = None
+        self._file = self._tensorboard = None
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -116,7 +135,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _strict(value: float | None) -> float | str | None:
+def strict_number(value: float | None) -> float | str | None:
+    """A number as strict JSON has it: one that is not finite as a string."""
     return value if value is None or math.isfinite(value) else str(value)
 
 
@@ -127,7 +147,7 @@ def _keep_until(path: Path, step: int) -> None:
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({name: _strict(value) for name, value in line.items()}) + "\n" for line in kept)
+        file.writelines(json.dumps({name: strict_number(value) for name, value in line.items()}) + "\n" for line in kept)
     os.replace(partial, path)
 
 

@@ -66,11 +66,12 @@ class Progress:
         label: what is being done, in front of every line.
         unit: what is counted, e.g. `clips`.
         stream: standard error when None.
+        done: amount that was done before; rate and time left are those of what is done now.
     """
 
-    def __init__(self, total: float | None, label: str, unit: str = "", stream: TextIO | None = None) -> None:
+    def __init__(self, total: float | None, label: str, unit: str = "", stream: TextIO | None = None, done: float = 0.0) -> None:
         self.total, self.label, self.unit = total, label, unit
-        self.done = 0.0
+        self.done = self._before = float(done)
         self._stream = stream or sys.stderr
         self._redraws = bool(getattr(self._stream, "isatty", lambda: False)())
         self._active = rank() == 0
@@ -80,7 +81,10 @@ class Progress:
         self._closed = False
 
     def update(self, amount: float = 1, note: str = "") -> None:
-        """Count `amount` more as done; `note` (e.g. `loss 1.23`) stands at the line's end until the next one."""
+        """Count `amount` more as done, or less where it is negative, because work has to be done again.
+
+        `note` (e.g. `loss 1.23`) stands at the line's end until the next one.
+        """
         self.done += amount
         self._note = note or self._note
         now = time.monotonic()
@@ -91,7 +95,7 @@ class Progress:
     def line(self, now: float | None = None) -> str:
         """The line that stands for this moment."""
         elapsed = max((time.monotonic() if now is None else now) - self._start, 1e-9)
-        rate = self.done / elapsed
+        rate = (self.done - self._before) / elapsed
         unit = f" {self.unit}" if self.unit else ""
         parts = [self.label]
         if self.total is None:

@@ -33,7 +33,8 @@ class TrainingBatch:
         trained: trained tokens of the whole micro-batch.
         padding: padding tokens of the whole micro-batch.
         audio_frames: encoder frames (25 Hz) of the whole micro-batch.
-        failed: clips of the micro-batch that could not be read.
+        failed: addresses of the clips of the micro-batch that could not be read.
+        micro_batch: what all of this was made of, on the host, without the targets of segments whose clips failed.
     """
 
     model: ModelBatch
@@ -43,7 +44,8 @@ class TrainingBatch:
     trained: int
     padding: int
     audio_frames: int
-    failed: int
+    failed: tuple[str, ...]
+    micro_batch: MicroBatch
 
 
 def to_device(
@@ -68,7 +70,7 @@ def to_device(
     """
     failed = {span.address for span in micro_batch.audio if clips[span.address] is None}
     micro_batch = drop_failed(micro_batch, failed)
-    local = _local_tokens(micro_batch, runtime)
+    local = local_tokens(micro_batch, runtime)
     # Where nothing is trained (a failed clip, another rank's share) one token stays, for shapes' sake, and counts for nothing.
     trained = micro_batch.loss_mask[0, local].nonzero()[:, 0]
     predicted = trained if len(trained) else torch.zeros(1, dtype=torch.int64)
@@ -104,11 +106,12 @@ def to_device(
         trained=int(micro_batch.loss_mask.sum()),
         padding=micro_batch.padding,
         audio_frames=sum(micro_batch.encoder_frames),
-        failed=len(failed),
+        failed=tuple(sorted(failed)),
+        micro_batch=micro_batch,
     )
 
 
-def _local_tokens(micro_batch: MicroBatch, runtime: Runtime) -> torch.Tensor:
+def local_tokens(micro_batch: MicroBatch, runtime: Runtime) -> torch.Tensor:
     """Positions in the micro-batch of this context-parallel rank's tokens, `[T_local]` int64."""
     starts = micro_batch.cu_seqlens[:-1].tolist()
     parts = [

@@ -20,11 +20,15 @@ class Interruption:
 
     Args:
         group: a gloo group of all ranks.
+
+    Attributes:
+        received: number of the signal that this rank was sent, 0 for none.
+        signal_name: of the signal that all ranks have agreed to stop on.
     """
 
     def __init__(self, group: dist.ProcessGroup):
-        self._group = group
-        self._received = 0
+        self.group = group
+        self.received = 0
         self._previous: dict[int, object] = {}
         self.signal_name: str | None = None
 
@@ -37,15 +41,19 @@ class Interruption:
         self._restore()
 
     def agreed(self) -> bool:
-        """Whether any rank was told to stop; every rank calls this once a step and gets the same answer."""
-        flag = torch.tensor([self._received], dtype=torch.int32)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        if flag.item():
-            self.signal_name = signal.Signals(int(flag.item())).name
-        return bool(flag.item())
+        """Whether any rank was told to stop; every rank calls this and gets the same answer."""
+        flag = torch.tensor([self.received], dtype=torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+        return self.heed(int(flag.item()))
+
+    def heed(self, number: int) -> bool:
+        """Take over what all ranks have learnt in another way: whether there is a signal to stop on."""
+        if number:
+            self.signal_name = signal.Signals(number).name
+        return bool(number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
+        self.received = number
         if number != signal.SIGHUP:
             self._restore()
 

@@ -26,11 +26,11 @@ def masked_loss(
         groups: number of groups.
 
     Returns:
-        The summed loss (with gradient), the number of trained tokens (int32), and `{"sums": [groups, 2]}`: loss sum and token
-        count of each group, float64 on the device (no host synchronisation here).
+        The summed loss (with gradient), the number of trained tokens (int32), and a report: `sums`, `[groups, 2]` float64, loss
+        sum and token count of each group, and `losses` as they came in. All of it stays on the device.
     """
     total, losses = output
     sums = torch.zeros(groups, 2, dtype=torch.float64, device=losses.device)
     values = torch.stack(((losses * loss_mask).flatten(), loss_mask.flatten()), dim=1).double()
     sums.index_add_(0, group, values)
-    return total, loss_mask.sum().to(torch.int32), {"sums": sums}
+    return total, loss_mask.sum().to(torch.int32), {"sums": sums, "losses": losses.detach()}

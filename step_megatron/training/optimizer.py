@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.transformer import TransformerConfig
 
 from step_megatron.config.load import ConfigError
@@ -104,6 +106,31 @@ def build_optimizer(config: OptimizerConfig, model: list[DistributedDataParallel
             for group in part.optimizer.param_groups:
                 group["fused"] = True
     return optimizer
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float | None:
+    """First half of Megatron's `step`: finish the gradients, and wait for their norm over all ranks, before clipping.
+
+    Returns:
+        None where scaled gradients overflowed: there is nothing to update with, and the loss scale has been made smaller.
+    """
+    return None if optimizer.prepare_grads() else optimizer.get_grad_norm()
+
+
+def apply_update(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Second half of Megatron's `step`: clip by the norm of the first, and update. Left out, everything keeps its bits."""
+    for part in optimizer_parts(optimizer):
+        parameters = part.get_parameters()
+        if part.config.clip_grad > 0 and parameters:
+            decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm, decoupled)
+    optimizer.step_with_ready_grads()
+
+
+def loss_scale_is_smallest(optimizer: MegatronOptimizer) -> bool:
+    """Whether an overflow cannot be answered with a smaller loss scale; waits for the device."""
+    scaler = getattr(optimizer, "chained_optimizers", [optimizer])[0].grad_scaler
+    return not isinstance(scaler, DynamicGradScaler) or bool(scaler.scale <= scaler.min_scale)
 
 
 def _on_any_rank(flag: bool, device: torch.device) -> bool:

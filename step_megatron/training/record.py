@@ -10,6 +10,7 @@ from step_megatron.config import load_config, save, with_absolute_paths
 from step_megatron.config.load import MODEL_FIELDS, RUN_CONFIG, ConfigError, to_dict
 from step_megatron.config.schema import Config
 from step_megatron.runtime.device import Runtime
+from step_megatron.runtime.files import replace_text
 from step_megatron.runtime.progress import get_logger
 
 # What makes the model: with another value a checkpoint's weights would not fit, or would mean something else, without an error.
@@ -17,6 +18,8 @@ _MODEL = ("model.", "encoder.", "adaptor.", "tokenizer.")
 _MODEL_FIELDS = tuple(f"megatron.transformer.{name}" for name in MODEL_FIELDS)
 # The torch layers and Transformer Engine's read the same checkpoint; where a run began is past when it goes on.
 _EXCEPT = ("model.layers", "model.weights")
+
+RUN_RECORD = "run.json"
 
 logger = get_logger(__name__)
 
@@ -32,10 +35,10 @@ def write_record(config: Config, runtime: Runtime) -> None:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
         "device": str(runtime.device.type),
         "backend": runtime.backend,
-        "layout": {name: getattr(runtime, f"{name}_size") for name in ("tp", "pp", "cp", "dp")},
+        "layout": _layout(runtime),
         "seed": config.run.seed,
     }
-    (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    replace_text(folder / RUN_RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def check_record(config: Config, runtime: Runtime) -> None:
@@ -59,6 +62,25 @@ def check_record(config: Config, runtime: Runtime) -> None:
             )
         if runtime.rank == 0:
             logger.warning("going on with %s=%r, it was %r until now", key, new, old)
+    _compare_layout(path.with_name(RUN_RECORD), runtime)
+
+
+def _compare_layout(path: Path, runtime: Runtime) -> None:
+    """Say it where a run goes on in another layout: then it goes on in the same way, but not with the same bits."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["layout"]
+    except (OSError, ValueError, KeyError):
+        # Only told to the reader; nothing depends on it.
+        return
+    now = _layout(runtime)
+    if before != now and runtime.rank == 0:
+        logger.warning(
+            "going on in the layout %s, it was %s until now: the results are the same up to rounding, not to the bit", now, before
+        )
+
+
+def _layout(runtime: Runtime) -> dict[str, int]:
+    return {name: getattr(runtime, f"{name}_size") for name in ("tp", "pp", "cp", "dp")}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,8 @@ A run directory holds all there is to know about a run:
     metrics.jsonl, tensorboard one line every `run.log_interval` steps
     checkpoints/               see `checkpoint.directory`
     quarantine.jsonl           clips that failed while training, samples that are left out
+    anomalies/                 batches of steps that were out of order, see `training.anomalies`
+    hangs/                     stacks of a run that hung, see `training.watchdog`
 
 Calling it again on the same directory goes on from the newest checkpoint: the same batches, the same numbers as without the stop.
 """
@@ -36,10 +38,11 @@ from step_megatron.data.aspects import LossGroup
 from step_megatron.data.loader import MixtureLoader
 from step_megatron.data.micro_batch import MicroBatch
 from step_megatron.data.tokenizer import Tokenizer
-from step_megatron.runtime.device import Runtime, initialize, shutdown
+from step_megatron.runtime.device import Runtime, initialize, shutdown, store_client
 from step_megatron.runtime.flops import device_peak, encoder_work, precision, training_flops
 from step_megatron.runtime.metrics import MetricsWriter
 from step_megatron.runtime.progress import Progress, get_logger
+from step_megatron.training.anomalies import AnomalyGuard
 from step_megatron.training.batch import TrainingBatch, to_device
 from step_megatron.training.encoding import clips_of, encoded_audio, passes_over
 from step_megatron.training.interruption import Interruption
@@ -48,6 +51,7 @@ from step_megatron.training.meter import Meter
 from step_megatron.training.optimizer import settled_parameters
 from step_megatron.training.record import check_record, write_record
 from step_megatron.training.state import TrainState, build_state
+from step_megatron.training.watchdog import Heartbeat, Watchdog
 
 logger = get_logger(__name__)
 
@@ -102,8 +106,10 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
     clips = loader.sources.clips + (validation.sources.clips if validation else 0)
     audio = encoded_audio(config, runtime, index, passes_over(config, loader, validation), clips) if clips else None
     if audio is not None and audio.cache is not None:
-        audio.prepare(clips_of(loader, validation))
+        # Told to stop, the run goes on to the end of its first step, where all ranks agree on it; the clips so far are kept.
+        audio.prepare(clips_of(loader, validation), stop=lambda: bool(interruption.received))
     state = build_state(config, runtime.control_group, resumes=checkpoint is not None)
+    guard, heartbeat = AnomalyGuard(config.training.anomaly), Heartbeat()
     groups = tuple(dict.fromkeys([*loader.groups, *(validation.groups if validation else ())]))
     meter = Meter(
         groups,
@@ -112,12 +118,17 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
         device_peak(runtime.device, precision(config.megatron.transformer)),
         encoder_flops=lambda: encoder_work(config.encoder, audio.encoded_frames).forward if audio else 0,
         samples_left_out=lambda: len(loader.sources.left_out),
+        anomalies=lambda: guard.count,
+        loss_scale=(lambda: state.optimizer.get_loss_scale().item()) if state.transformer.fp16 else None,
     )
     step = 0
     if checkpoint is not None:
         step, extra = load_checkpoint(checkpoint, state.model, state.optimizer, state.scheduler, verified=True)
         loader.load_state_dict(extra["loader"])
         meter.load_state_dict(extra["meter"])
+        guard.load_state_dict(extra["anomalies"])
+        if audio is not None:
+            audio.recall(extra["failed_clips"])
         logger.info("going on from %s", checkpoint)
     on_device = partial(_on_device, audio=audio, groups=groups, encoder_width=config.encoder.width, runtime=runtime)
     metrics = MetricsWriter(config.run.dir, config, step)
@@ -131,14 +142,17 @@ def build_trainer(config: Config, runtime: Runtime, interruption: Interruption) 
         optimizer=state.optimizer,
         scheduler=state.scheduler,
         groups=groups,
-        next_batches=lambda: on_device(loader.next_step()),
+        next_batches=partial(_next_batches, loader, on_device, heartbeat),
         validation_batches=_validation_batches(validation, on_device) if validation else None,
         meter=meter,
-        save=partial(_save, checkpoints=checkpoints, loader=loader),
+        save=partial(_save, checkpoints=checkpoints, loader=loader, audio=audio, metrics=metrics),
         saved=checkpoints.wait,
         report=metrics.write,
         advance=lambda step, values: None,
         interruption=interruption,
+        guard=guard,
+        heartbeat=heartbeat,
+        rewind=partial(_rewind, metrics=metrics),
         close=ending.close,
         step=step,
     )
@@ -152,8 +166,16 @@ def run(trainer: Trainer, name: str) -> None:
         return
     if runtime.rank == 0:
         write_record(config, runtime)
-    with Progress(config.training.steps - trainer.step, name, "steps") as bar:
-        trainer.advance = lambda step, values: bar.update(1, f"step {step}  loss {values.get('loss', float('nan')):.4f}")
+    watchdog = Watchdog(
+        trainer.heartbeat,
+        store_client("watchdog"),
+        runtime.rank,
+        runtime.world_size,
+        config.run.dir,
+        config.training.hang_timeout_seconds,
+    )
+    with watchdog, Progress(config.training.steps, name, "steps", done=trainer.step) as bar:
+        trainer.advance = lambda step, values: bar.update(step - bar.done, f"loss {values.get('loss', float('nan')):.4f}")
         train(trainer)
     if trainer.interruption.signal_name:
         logger.warning(
@@ -245,7 +267,41 @@ def _checkpoints(config: Config, runtime: Runtime) -> Checkpoints:
     return Checkpoints(config.run.dir, retention, training.async_save, runtime.timeout)
 
 
-def _save(trainer: Trainer, validation_loss: float | None, checkpoints: Checkpoints, loader: MixtureLoader) -> None:
-    extra = {"loader": loader.state_dict(), "meter": trainer.meter.state_dict()}
+def _next_batches(
+    loader: MixtureLoader, on_device: Callable[[list[MicroBatch]], list[TrainingBatch]], heartbeat: Heartbeat
+) -> list[TrainingBatch]:
+    micro_batches = loader.next_step()
+    heartbeat.beat("encode")
+    return on_device(micro_batches)
+
+
+def _save(
+    trainer: Trainer,
+    validation_loss: float | None,
+    checkpoints: Checkpoints,
+    loader: MixtureLoader,
+    audio: EncodedAudio | None,
+    metrics: MetricsWriter,
+) -> None:
+    # What the checkpoint's steps have said stays said, whatever happens next.
+    metrics.flush()
+    extra = {
+        "loader": loader.state_dict(),
+        "meter": trainer.meter.state_dict(),
+        "anomalies": trainer.guard.state_dict(),
+        "failed_clips": dict(audio.failures) if audio else {},
+    }
     with settled_parameters(trainer.model):
         checkpoints.save(trainer.step, trainer.model, trainer.optimizer, trainer.scheduler, extra, validation_loss)
+
+
+def _rewind(trainer: Trainer, metrics: MetricsWriter) -> None:
+    """Back to the run's last checkpoint in everything but the data, which moves on, and the count of anomalies."""
+    checkpoint = latest_checkpoint(trainer.config.run.dir)
+    # Megatron's scheduler adds the saved number of steps to its own.
+    trainer.scheduler.num_steps = 0
+    with settled_parameters(trainer.model):
+        trainer.step, extra = load_checkpoint(checkpoint, trainer.model, trainer.optimizer, trainer.scheduler)
+    trainer.meter.load_state_dict(extra["meter"])
+    trainer.guard.load_history(extra["anomalies"])
+    metrics.go_back(trainer.step)

@@ -3,6 +3,7 @@
 import json
 import struct
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ STATE = {
     "wide": torch.arange(12, dtype=torch.float64).view(3, 4),
     "half": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).bfloat16(),
     "empty": torch.empty(0, 3),
+    "empty, from NumPy": torch.from_numpy(np.concatenate([np.empty(0, np.int64)])),
     "scalar": torch.tensor(7, dtype=torch.int64),
     "odd": torch.randn(3, generator=torch.Generator().manual_seed(1)).half(),
     "flags": torch.tensor([True, False, True]),

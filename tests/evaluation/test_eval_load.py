@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from step_megatron.audio.errors import AudioError
-from step_megatron.config.load import load_config
+from step_megatron.config.load import for_one_process, load_config
 from step_megatron.data.schema import Audio, Conversation, Text, Turn, read_conversations
 from step_megatron.data.template import render
 from step_megatron.evaluation.chat import Chat, chat
-from step_megatron.evaluation.load import inference_config, loaded_run
+from step_megatron.evaluation.load import loaded_run
 from step_megatron.evaluation.report import write_report
 from step_megatron.evaluation.run import Limits, evaluate
 from step_megatron.evaluation.scoring import split_reply
@@ -21,7 +21,7 @@ from step_megatron.evaluation.tasks import read_items
 
 def test_one_process_takes_any_layout(trained):
     config = load_config(trained.run / "config.yaml")
-    alone = inference_config(config)
+    alone = for_one_process(config)
     assert not {"tensor_model_parallel_size", "sequence_parallel"} & alone.megatron.transformer.keys()
     assert config.megatron.transformer["tensor_model_parallel_size"] == 2
     assert alone.megatron.transformer["hidden_size"] == config.megatron.transformer["hidden_size"]

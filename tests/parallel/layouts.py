@@ -82,14 +82,14 @@ def train(
     state = lively_state(config)
     trainer = make_trainer(config, runtime, state, packed)
     captured: dict[str, torch.Tensor] = {}
-    step = state.optimizer.step
+    prepare_grads = state.optimizer.prepare_grads
 
-    def step_after_capture():
+    def prepare_after_capture():
         if not captured:
             captured.update(full_tensors(state.model, lambda parameter: parameter.main_grad, bool(ddp)))
-        return step()
+        return prepare_grads()
 
-    state.optimizer.step = step_after_capture
+    state.optimizer.prepare_grads = prepare_after_capture
     lines = [run_step(trainer) for _ in range(STEPS)]
     with settled_parameters(state.model):
         parameters = full_tensors(state.model, lambda parameter: parameter)
@@ -133,6 +133,7 @@ def run_step(trainer) -> dict[str, float]:
 
 def make_trainer(config: Config, runtime, state, packed: bool = True):
     """A trainer whose next step's micro-batches are synthetic, shared out over the data-parallel ranks."""
+    from step_megatron.training.anomalies import AnomalyGuard
     from step_megatron.training.batch import to_device
     from step_megatron.training.interruption import Interruption
     from step_megatron.training.loop import Trainer
@@ -147,7 +148,7 @@ def make_trainer(config: Config, runtime, state, packed: bool = True):
     trainer = Trainer(
         config, runtime, state.model, state.optimizer, state.scheduler, GROUPS, next_batches, None,
         Meter(GROUPS, runtime, lambda batch: 0.0), lambda trainer, validation_loss: None, lambda step, values: None,
-        lambda step, values: None, Interruption(dist.group.WORLD),
+        lambda step, values: None, Interruption(dist.group.WORLD), AnomalyGuard(config.training.anomaly),
     )  # fmt: skip
     return trainer
 

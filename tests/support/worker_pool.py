@@ -45,7 +45,14 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 # Imported once, by the process that all workers are forked from.
-_PRELOAD = ["megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.distributed", "step_megatron.runtime.device"]
+PRELOAD = [
+    "megatron.core.models.gpt",
+    "megatron.core.optimizer",
+    "megatron.core.distributed",
+    "step_megatron.training.stage",
+    "torch.utils.tensorboard",
+]
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # After one rank has failed, how long the others may take to end; most of them wait for a message that will never come.
 _GRACE_SECONDS = 3.0
 
@@ -104,23 +111,16 @@ class WorkerPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
+        context.set_forkserver_preload(PRELOAD)
         # The store lives here and on a port that the system chose, so that two pools never meet.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        environment = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self._store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_WORLD_SIZE": str(self.world_size),
-        }
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            arguments = (rank, self.world_size, theirs, environment | place, str(self._log(rank)), str(self._stack(rank)))
+            variables = torchrun_variables(rank, self.world_size, self._store.port)
+            arguments = (rank, self.world_size, theirs, variables, str(self._log(rank)), str(self._stack(rank)))
             process = context.Process(target=_worker, args=arguments, daemon=True, name=f"rank {rank} of {self.world_size}")
             # Read by the OpenMP of the forked processes' common ancestor, before it imports torch.
-            with _environment({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}):
+            with environment(ONE_THREAD):
                 process.start()
             theirs.close()
             self._processes.append(process)
@@ -170,8 +170,21 @@ class WorkerPool:
         return self._folder / f"{rank}.stack"
 
 
+def torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun sets for a rank of one machine, whose store listens on `port`."""
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+    }
+
+
 @contextlib.contextmanager
-def _environment(values: dict[str, str]):
+def environment(values: dict[str, str]):
     before = dict(os.environ)
     os.environ.update(values)
     try:
@@ -182,15 +195,15 @@ def _environment(values: dict[str, str]):
 
 
 def _worker(
-    rank: int, world_size: int, pipe: multiprocessing.connection.Connection, environment: dict[str, str], log: str, stack: str
+    rank: int, world_size: int, pipe: multiprocessing.connection.Connection, variables: dict[str, str], log: str, stack: str
 ) -> None:
     """The life of one process: wait for a function, call it, send what it returned."""
-    os.environ.update(environment)
-    _redirect_output(log)
+    os.environ.update(variables)
+    redirect_output(log)
     stack_file = open(stack, "w")  # faulthandler keeps it for as long as the process lives
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     faulthandler.enable(file=sys.stderr)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     # `shutdown` collects garbage: what was imported before the fork need not be looked through each time.
     gc.freeze()
     while True:
@@ -224,13 +237,13 @@ def _call(target: str, path: list[str], rank: int, world_size: int, kwargs: dict
         shutdown()
 
 
-def _redirect_output(log: str) -> None:
+def redirect_output(log: str) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this process when pytest dies: a rank that waits for a message would stay for half an hour."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)

@@ -176,12 +176,12 @@ def test_a_run_does_not_go_on_with_another_model(setting, data, uninterrupted):
     with pytest.raises(
         ConfigError, match=rf"{setting.partition('=')[0]} is .*, but this run was made with .*restore the setting"
     ):
-        check_record(config, SimpleNamespace(rank=0))
+        check_record(config, SimpleNamespace(rank=0, tp_size=1, pp_size=1, cp_size=1, dp_size=1))
 
 
 def test_what_a_resumed_run_changes_is_named(data, uninterrupted, caplog):
     config = load_config(None, [*overrides(data, str(uninterrupted[0])), "training.steps=8", "model.layers=torch"])
-    check_record(config, SimpleNamespace(rank=0))
+    check_record(config, SimpleNamespace(rank=0, tp_size=1, pp_size=1, cp_size=1, dp_size=1))
     assert sorted(record.message for record in caplog.records if record.levelname == "WARNING") == [
         "going on with model.layers='torch', it was 'auto' until now",
         "going on with training.steps=8, it was 6 until now",

@@ -16,10 +16,9 @@ PITCHES = {"low": 110.0, "mid": 220.0, "high": 440.0}
 
 
 def write_data(folder: Path) -> None:
-    """`train.jsonl`, `held_out.jsonl` (12 and 6 tones), `sums.jsonl`, the index of the clips and a tokenizer."""
+    """`train.jsonl`, `held_out.jsonl` (12 and 6 tones), the index of the clips, and what `write_text` writes."""
     from step_megatron.audio.index import validate
     from step_megatron.data.schema import Audio, Conversation, Text, Turn, write_conversations
-    from step_megatron.data.tokenizer import QWEN_RANKS, build_compact
 
     spoken = []
     for number, (label, pitch) in enumerate(itertools.islice(itertools.cycle(PITCHES.items()), 18)):
@@ -30,14 +29,23 @@ def write_data(folder: Path) -> None:
             Turn("assistant", (Text(label),), reasoning="a tone"),
         )
         spoken.append(Conversation(f"tone-{number}", "tones", turns))
-    sums = []
-    for n in range(20):
-        reply = Turn("assistant", (Text(f"{n + 1} " * (n % 4 + 1)),))
-        sums.append(Conversation(f"sum-{n}", "sums", (Turn("human", (Text(f"{n} + 1?"),)), reply)))
     write_conversations(folder / "train.jsonl", spoken[:12])
     write_conversations(folder / "held_out.jsonl", spoken[12:])
-    write_conversations(folder / "sums.jsonl", sums)
     validate([f"{number}.wav" for number in range(18)], folder, folder, threads=1)
+    write_text(folder)
+
+
+def write_text(folder: Path) -> None:
+    """`sums.jsonl` (20 sums), `uneven.jsonl` (the same and two samples that fit into no micro-batch) and a tokenizer."""
+    from step_megatron.data.schema import Conversation, Text, Turn, write_conversations
+    from step_megatron.data.tokenizer import QWEN_RANKS, build_compact
+
+    sums = []
+    for n in range(22):
+        reply = Turn("assistant", (Text(f"{n + 1} " * (n % 4 + 1 if n < 20 else 300)),))
+        sums.append(Conversation(f"sum-{n}", "sums", (Turn("human", (Text(f"{n} + 1?"),)), reply)))
+    write_conversations(folder / "sums.jsonl", sums[:20])
+    write_conversations(folder / "uneven.jsonl", sums)
     longer = (bytes(t) for t in itertools.product(range(256), range(256), range(4)))
     tokens = itertools.islice(itertools.chain((bytes([b]) for b in range(256)), longer), QWEN_RANKS)
     lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
@@ -72,20 +80,20 @@ def train(
     signal_at: int = 0,
     stage: str = "midtrain",
 ) -> dict:
-    """Run a stage; at step `signal_at` rank 0 gets a SIGTERM, as from a scheduler that takes the machine back."""
+    """Run a stage; in step `signal_at` rank 0 gets a SIGTERM, as from a scheduler that takes the machine back."""
     from unittest import mock
 
     from step_megatron.training import loop
 
     step = loop.training_step
 
-    def step_then_signal(trainer):
-        step(trainer)
-        if trainer.step == signal_at and rank == 0:
+    def step_after_signal(trainer):
+        if trainer.step == signal_at - 1 and rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer)
 
     config = load_config(None, overrides(data, run_dir) + list(extra))
-    with mock.patch.object(loop, "training_step", step_then_signal):
+    with mock.patch.object(loop, "training_step", step_after_signal):
         return getattr(importlib.import_module(f"step_megatron.training.{stage}"), stage)(config)
 
 

@@ -1,0 +1,56 @@
+"""A run that is told to stop, whenever that is, and goes on, ends with the bits of a run that never stopped, in every layout."""
+
+import pytest
+from training.survival import LAYOUTS, remains, run_rank
+from training.toy_run import write_text
+
+STEP = ("step_megatron.training.loop", "training_step")
+SHORT = ("training.steps=8", "training.save_interval=3", "training.validation_interval=4", "training.keep_checkpoints=1")
+MORE = {
+    "cp2": ("megatron.transformer.context_parallel_size=2",),
+    "tp2-anomaly": ("megatron.transformer.tensor_model_parallel_size=2", "training.anomaly.max_in_a_row=2"),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("text")
+    write_text(folder)
+    return str(folder)
+
+
+def outcome(run_dir, results) -> dict:
+    return remains(run_dir) | {"hashes": [result["hash"] for result in results]}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *MORE])
+def test_every_layout_goes_on_to_the_same_bits(layout, worker_pool, data, tmp_path):
+    """The stop lies between two lines of metrics, two checkpoints and (with an anomaly) two steps that are out of order."""
+    kwargs = {"data": data, "extra": (*(LAYOUTS | MORE)[layout], *SHORT)}
+    poison = (4, 7) if "anomaly" in layout else ()
+    whole = worker_pool(2).run(run_rank, kwargs | {"run_dir": str(tmp_path / "whole"), "poison": poison})
+    kwargs["run_dir"] = str(tmp_path / "stopped")
+    stopped = worker_pool(2).run(run_rank, kwargs | {"signal_in": (*STEP, 5), "poison": poison})
+    assert [result["steps"] for result in stopped] == [5, 5] and stopped[1]["interrupted"] == "SIGTERM"
+    resumed = worker_pool(2).run(run_rank, kwargs | {"poison": tuple(turn - 5 for turn in poison)})
+    assert outcome(tmp_path / "stopped", resumed) == outcome(tmp_path / "whole", whole)
+    assert [line["anomalies"] for line in remains(tmp_path / "whole")["metrics"]][-1] == len(poison)
+    assert whole[0]["hash"] != stopped[0]["hash"]
+
+
+@pytest.mark.parametrize(
+    ("signal_in", "steps"),
+    [
+        (("step_megatron.training.stage", "build_state", 1), 1),
+        ((*STEP, 1), 1),
+        (("step_megatron.training.loop", "validation_loss", 1), 5),
+        (("step_megatron.training.stage", "_save", 1), 4),
+    ],
+)
+def test_a_signal_at_any_time_leaves_a_run_that_goes_on(signal_in, steps, worker_pool, data, tmp_path):
+    kwargs = {"data": data, "extra": SHORT}
+    whole = worker_pool(1).run(run_rank, kwargs | {"run_dir": str(tmp_path / "whole")})
+    kwargs["run_dir"] = str(tmp_path / "stopped")
+    stopped = worker_pool(1).run(run_rank, kwargs | {"signal_in": signal_in})[0]
+    assert (stopped["steps"], stopped["interrupted"]) == (steps, "SIGTERM")
+    assert outcome(tmp_path / "stopped", worker_pool(1).run(run_rank, kwargs)) == outcome(tmp_path / "whole", whole)
