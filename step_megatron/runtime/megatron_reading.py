@@ -7,10 +7,12 @@ A checkpoint has three kinds of pickles, and Megatron-Core 0.16.1 and torch read
     __0_0.distcp     tensors, restricted by torch; objects (random states), `torch.load(weights_only=False)`: here restricted too
 """
 
+import itertools
 import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,9 +24,11 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from step_megatron.errors import UserError
+from step_megatron.runtime.stored_regions import FilePart, read_region
 
 _INDEX = {
     "torch.distributed.checkpoint.metadata": {
@@ -74,7 +78,10 @@ def load_common(directory: Path) -> dict[str, Any]:
 
 
 class IndexReader(FileSystemReader):
-    """torch's reader of a checkpoint; the index is read once, and only if it is nothing but an index."""
+    """torch's reader of a checkpoint; the index is read once, and only if it is nothing but an index.
+
+    Of a stored tensor only the region that is wanted is read, so that a rank reads its own slice, whoever wrote the whole.
+    """
 
     def __init__(self, path: str | Path):
         super().__init__(path)
@@ -95,6 +102,22 @@ class IndexReader(FileSystemReader):
                 raise UnsafeCheckpoint(f"{path}: names a file that is not in the folder: {min(outside)!r}; do not use it")
             self._index = index
         return self._index
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill the planner's tensors and objects.
+
+        Raises:
+            ValueError, EOFError: a file that does not hold what the index says.
+        """
+        tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
+        for name, items in itertools.groupby(tensors, lambda item: self.storage_data[item.storage_index].relative_path):
+            with (Path(self.path) / name).open("rb", buffering=0) as file:
+                for item in items:
+                    place = self.storage_data[item.storage_index]
+                    target = planner.resolve_tensor(item).detach()
+                    read_region(FilePart(file, place.offset, place.length), item.storage_offsets, target)
+                    planner.commit_tensor(item, target)
+        return super().read_data(replace(plan, items=[item for item in plan.items if item.type is LoadItemType.BYTE_IO]), planner)
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -7,6 +7,7 @@ one process wrote, every tensor-parallel rank would read everything. Here a rank
 type and order (`map_location="meta"` reads no data).
 """
 
+import io
 import itertools
 import math
 import struct
@@ -22,11 +23,38 @@ _PIECE = 1 << 30
 _LENGTHS, _NAME = 26, 30
 
 
+class FilePart(io.RawIOBase):
+    """Bytes `[offset, offset + length)` of an open file, as a file. (torch's own view cannot seek from its end.)"""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int):
+        super().__init__()
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:
+        self._file.seek(self._offset + self._at)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)])
+        self._at += count
+        return count
+
+
 def read_region(file: BinaryIO, start: Sequence[int], target: torch.Tensor) -> None:
     """Read `stored[start : start + target.shape]` (in every dimension) into `target`.
 
     Args:
-        file: the bytes that `torch.save` wrote for one tensor, which may be a part of a larger file.
+        file: the bytes that `torch.save` wrote for one tensor.
         target: on the CPU or not, contiguous or not, of any type that the stored one converts to.
 
     Raises:
@@ -57,14 +85,16 @@ def _stored(file: BinaryIO) -> tuple[torch.Tensor, int]:
     """The stored tensor without its data, and where its data begins."""
     file.seek(0)
     stored = torch.load(file, map_location="meta", weights_only=True)
-    if not isinstance(stored, torch.Tensor) or not stored.is_contiguous() or stored.storage_offset():
+    if not isinstance(stored, torch.Tensor) or not stored.is_contiguous():
         raise ValueError(f"holds no plain tensor that is laid out row by row, but {type(stored).__name__}")
     with zipfile.ZipFile(file) as archive:
         members = [member for member in archive.infolist() if member.filename.endswith("/data/0")]
-    if len(members) != 1 or members[0].compress_type != zipfile.ZIP_STORED or members[0].file_size < stored.nbytes:
-        raise ValueError(f"its data is not {stored.nbytes} bytes without compression")
+    # What was saved may be a part of a larger storage.
+    before = stored.storage_offset() * stored.itemsize
+    if len(members) != 1 or members[0].compress_type != zipfile.ZIP_STORED or members[0].file_size < before + stored.nbytes:
+        raise ValueError(f"its data is not {before + stored.nbytes} bytes without compression")
     file.seek(members[0].header_offset + _LENGTHS)
-    return stored, members[0].header_offset + _NAME + sum(struct.unpack("<HH", file.read(4)))
+    return stored, members[0].header_offset + _NAME + sum(struct.unpack("<HH", file.read(4))) + before
 
 
 def _runs(stored: torch.Tensor, start: Sequence[int], shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

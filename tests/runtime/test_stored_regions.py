@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_megatron.runtime.stored_regions import read_region
+from step_megatron.runtime.stored_regions import FilePart, read_region
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8]
 
@@ -63,9 +63,28 @@ def test_nothing_else_is_read(start, size):
     assert file.count < (1 << 20) / 8 + 8192
 
 
+def test_many_tensors_may_be_in_one_file():
+    tensors = [torch.full((3, 5), float(number)) for number in range(3)]
+    parts = [saved(tensor).getvalue() for tensor in tensors]
+    file, place = io.BytesIO(b"".join(parts)), 0
+    for tensor, part in zip(tensors, parts, strict=True):
+        target = torch.empty(2, 2)
+        read_region(FilePart(file, place, len(part)), (1, 3), target)
+        assert torch.equal(target, tensor[1:, 3:])
+        place += len(part)
+    with pytest.raises((ValueError, EOFError, RuntimeError)):
+        read_region(FilePart(file, 0, len(parts[0]) - 8), (0, 0), torch.empty(3, 5))
+
+
+def test_a_view_was_saved_with_all_that_it_is_a_view_of():
+    whole, target = torch.arange(12.0).view(3, 4), torch.empty(1, 2)
+    read_region(saved(whole[1:]), (1, 2), target)
+    assert torch.equal(target, whole[2:, 2:])
+
+
 def test_what_is_no_plain_tensor_is_refused():
     whole = torch.arange(12.0).view(3, 4)
-    for content, message in (([whole], "but list"), (whole.t(), "row by row"), (whole[1:], "row by row")):
+    for content, message in (([whole], "but list"), (whole.t(), "row by row")):
         with pytest.raises(ValueError, match=message):
             read_region(saved(content), (0, 0), torch.empty(1, 1))
     with pytest.raises(ValueError, match=r"region \[2, 4\] at \[2, 0\] of a tensor \[3, 4\]"):
