@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Teaches a language model that exists to listen: whisper-base's encoder, an adaptor, SmolLM2-135M-Instruct.
+# Trains a real pre-trained pair on speech: whisper-base's encoder, an adaptor, SmolLM2-135M-Instruct.
 #
 #   bash examples/smol_audio.sh
 #
