@@ -27,7 +27,7 @@ def outcome(run_dir, results) -> dict:
 def test_every_layout_goes_on_to_the_same_bits(layout, worker_pool, data, tmp_path):
     """The stop lies between two lines of metrics, two checkpoints and (with an anomaly) two steps that are out of order."""
     kwargs = {"data": data, "extra": (*(LAYOUTS | MORE)[layout], *SHORT)}
-    poison = (4, 7) if "anomaly" in layout else ()
+    poison = (2, 7) if "anomaly" in layout else ()
     whole = worker_pool(2).run(run_rank, kwargs | {"run_dir": str(tmp_path / "whole"), "poison": poison})
     kwargs["run_dir"] = str(tmp_path / "stopped")
     stopped = worker_pool(2).run(run_rank, kwargs | {"signal_in": (*STEP, 5), "poison": poison})
