@@ -4,6 +4,7 @@ A checkpoint holds the model, the optimizer (moments and step count), the schedu
 position and the step. Its folder is the matter of `checkpoint.directory`, writing it of `checkpoint.saving`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,29 @@ def load_checkpoint(
     return loaded["step"], loaded["extra"]
 
 
-def load_model_weights(model: torch.nn.Module | list[torch.nn.Module], directory: str | Path) -> None:
+def saved_names(directory: str | Path) -> list[str]:
+    """Names of the tensors of a checkpoint, the model's among them by their full names."""
+    _common(directory)
+    return list(dist_checkpointing.load_tensors_metadata(str(directory)))
+
+
+def load_model_weights(
+    model: torch.nn.Module | list[torch.nn.Module], directory: str | Path, without: Callable[[str], bool] | None = None
+) -> None:
     """Load the weights alone, into any tensor- and pipeline-parallel layout (one process included); every rank calls this.
+
+    Args:
+        without: parameters, by name, that are not loaded and keep their values.
 
     Raises:
         CheckpointError: no complete checkpoint there, a damaged one, or one of another shape of model.
     """
     check_whole(directory)
     chunks = model if isinstance(model, list) else [model]
-    _load_weights(chunks, load_state(model_state(chunks, layout_of(directory)), directory))
+    state = model_state(chunks, layout_of(directory))
+    if without is not None:
+        state = {part: {name: item for name, item in tensors.items() if not without(name)} for part, tensors in state.items()}
+    _load_weights(chunks, load_state(state, directory), strict=without is None)
 
 
 def check_whole(directory: str | Path) -> None:
@@ -149,9 +164,9 @@ def _names(model: list[torch.nn.Module]) -> list[str]:
     return ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
 
 
-def _load_weights(model: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
+def _load_weights(model: list[torch.nn.Module], loaded: dict[str, Any], strict: bool = True) -> None:
     for name, chunk in zip(_names(model), model, strict=True):
-        unwrap(chunk).load_state_dict(loaded[name])
+        unwrap(chunk).load_state_dict(loaded[name], strict=strict)
 
 
 def _common(directory: str | Path) -> dict[str, Any]:

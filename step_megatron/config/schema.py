@@ -57,6 +57,24 @@ class AdaptorConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters beside the decoder's linear layers. The decoder itself is frozen then, the audio adaptor is trained all
+    the same unless `model.freeze` names it.
+    """
+
+    # 0: no adapters, the decoder itself is trained.
+    rank: int = 0
+    # An adapter's share is multiplied by alpha / rank.
+    alpha: float = 32.0
+    # Not supported: it has to stay 0.
+    dropout: float = 0.0
+    # Megatron's names: query, key and value; attention's output; gate and up; down.
+    targets: list[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]] = field(
+        default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+    )
+
+
+@dataclass
 class ModelConfig:
     """What the decoder needs beyond Megatron's own `TransformerConfig`."""
 
@@ -73,6 +91,7 @@ class ModelConfig:
     layers: Literal["auto", "torch", "te"] = "auto"
     # Patterns (fnmatch) of parameters that are not trained; one that matches nothing is an error. The encoder is always frozen.
     freeze: list[str] = field(default_factory=list)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from step_kernels import merge_audio_embeddings_
 from step_kernels.merge_audio import check_audio_counts
 
 from step_megatron.config.schema import Config
-from step_megatron.model import weights
+from step_megatron.model import lora, weights
 from step_megatron.model.adaptor import AudioAdaptor
 from step_megatron.model.batch import ModelBatch
 from step_megatron.model.decoder import build_decoder, transformer_config
@@ -45,6 +45,8 @@ class AudioLanguageModel(MegatronModule):
         self.vp_stage = vp_stage
         self.language_model = build_decoder(config, transformer, vp_stage)
         weights.initialize(self.language_model, config.run.seed, config.model.vocabulary_size)
+        if config.model.lora.rank:
+            lora.freeze_base(self.language_model)
         self.tp_group = self.language_model.tp_group
         self.pre_process = self.language_model.pre_process
         self.post_process = self.language_model.post_process

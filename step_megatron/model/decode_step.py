@@ -6,6 +6,7 @@ still go through the layers themselves, and so does everything where a layer is 
 Norms, rotation and SwiGLU are torch's own operators here: calling one of ours costs more than it saves at one row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,9 @@ from megatron.core.models.gpt import GPTModel
 
 from step_megatron.model.attention import PackedCausalAttention
 from step_megatron.model.kv_cache import KeyValueCache
+from step_megatron.model.lora import local_product
+
+Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def can_step(language_model: GPTModel) -> bool:
@@ -40,12 +44,11 @@ class _Layer:
 
     number: int
     attention_norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    out: torch.Tensor
+    qkv: Product
+    out: Product
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Product
+    down: Product
 
 
 class DecodeStep:
@@ -65,12 +68,11 @@ class DecodeStep:
             _Layer(
                 layer.layer_number,
                 layer.input_layernorm.weight,
-                layer.self_attention.linear_qkv.weight,
-                layer.self_attention.linear_qkv.bias,
-                layer.self_attention.linear_proj.weight,
+                local_product(layer.self_attention.linear_qkv),
+                local_product(layer.self_attention.linear_proj),
                 layer.pre_mlp_layernorm.weight,
-                layer.mlp.linear_fc1.weight,
-                layer.mlp.linear_fc2.weight,
+                local_product(layer.mlp.linear_fc1),
+                local_product(layer.mlp.linear_fc2),
             )
             for layer in language_model.decoder.layers
         ]
@@ -94,15 +96,15 @@ class DecodeStep:
         for layer in self.layers:
             normed = F.rms_norm(hidden, hidden.shape[-1:], layer.attention_norm, self.eps)
             attended = self._attention(layer, normed, cache, positions, cos, signed_sin)
-            hidden = hidden + self._reduced(F.linear(attended, layer.out))
+            hidden = hidden + self._reduced(layer.out(attended))
             normed = F.rms_norm(hidden, hidden.shape[-1:], layer.mlp_norm, self.eps)
-            gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + self._reduced(F.linear(F.silu(gate).mul_(up), layer.down))
+            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
+            hidden = hidden + self._reduced(layer.down(F.silu(gate).mul_(up)))
         return F.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.eps)
 
     def _attention(self, layer: _Layer, normed, cache: KeyValueCache, positions, cos, signed_sin) -> torch.Tensor:
         # One group: its query heads, its key, its value.
-        qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(-1, self.groups, self.queries + 2, self.width)
+        qkv = layer.qkv(normed).view(-1, self.groups, self.queries + 2, self.width)
         qk, value = qkv[:, :, :-1], qkv[:, :, -1]
         rotated = torch.addcmul(qk * cos, qk.roll(self.width // 2, dims=-1), signed_sin)
         query = rotated[:, :, :-1].flatten(1, 2)

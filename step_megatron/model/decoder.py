@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from step_megatron.config.schema import Config
-from step_megatron.model import weights
+from step_megatron.model import lora, weights
 from step_megatron.model.layers import GatedMLP, layer_kind, layer_specification
 from step_megatron.runtime import megatron_release
 
@@ -74,16 +74,17 @@ def build_decoder(config: Config, transformer: TransformerConfig, vp_stage: int 
     what the tensor-parallel ranks share evenly; the rows of padding are zero, and no token (`OutputLayer`).
 
     Raises:
-        ValueError: more tensor-parallel ranks than the vocabulary has rows for.
+        ValueError: more tensor-parallel ranks than the vocabulary has rows for; settings of LoRA that make no adapter.
     """
     vocabulary, ranks = config.model.vocabulary_size, transformer.tensor_model_parallel_size
     padded = weights.padded_vocabulary(vocabulary, ranks)
     if padded - vocabulary >= padded // ranks:
         raise ValueError(f"model.vocabulary_size={vocabulary} leaves nothing to the last of tensor_model_parallel_size={ranks}")
-    kind = layer_kind(config.model.layers)
+    lora.check(config.model.lora)
+    kind = layer_kind(config.model.layers, adapted=config.model.lora.rank > 0)
     model = GPTModel(
         config=transformer,
-        transformer_layer_spec=layer_specification(transformer, kind, vp_stage),
+        transformer_layer_spec=layer_specification(transformer, kind, vp_stage, config.model.lora),
         vocab_size=padded,
         max_sequence_length=config.model.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),

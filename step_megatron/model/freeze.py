@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from step_megatron.model import weights
+from step_megatron.model.lora import is_adapter
 
 
 def freeze(
@@ -22,26 +23,33 @@ def freeze(
         group: ranks that hold the whole model between them (`Runtime.control_group`); None if this rank holds it.
 
     Returns:
-        Full names of the frozen parameters on this rank, sorted.
+        Full names of the parameters on this rank that match, sorted.
 
     Raises:
-        ValueError: a pattern that matches no parameter on any rank (raised on every rank; lists the nearest names), or patterns
-            that leave nothing to train.
+        ValueError: a pattern that matches no parameter on any rank (raised on every rank; lists the nearest names), patterns that
+            leave nothing to train or, of a model with LoRA, no adapter.
     """
     mine: dict[str, torch.nn.Parameter] = {}
     for chunk in model_chunks:
         names = weights.full_names(chunk)
         mine.update({names[local]: parameter for local, parameter in chunk.named_parameters()})
-    everyone = sorted(mine)
+    trained = {name: parameter.requires_grad for name, parameter in mine.items()}
     if group is not None and dist.get_world_size(group) > 1:
         gathered: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, everyone, group=group)
-        everyone = sorted(set().union(*gathered))
+        dist.all_gather_object(gathered, trained, group=group)
+        trained = dict(item for part in gathered for item in part.items())
+    everyone = sorted(trained)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in everyone):
             raise ValueError(f"model.freeze: {pattern!r} matches no parameter; nearest: {', '.join(_nearest(pattern, everyone))}")
-    if patterns and all(any(fnmatchcase(name, pattern) for pattern in patterns) for name in everyone):
+    left = [name for name in everyone if trained[name] and not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if patterns and not left:
         raise ValueError(f"model.freeze: {', '.join(patterns)} match every parameter, so there is nothing to train")
+    if any(map(is_adapter, everyone)) and not any(map(is_adapter, left)):
+        raise ValueError(
+            f"model.freeze: {', '.join(patterns)} match every adapter that model.lora asks for; the layers under them are frozen "
+            "anyway: leave them out of model.freeze, or set model.lora.rank=0"
+        )
     frozen = sorted(name for name in mine if any(fnmatchcase(name, pattern) for pattern in patterns))
     for name in frozen:
         mine[name].requires_grad_(False)

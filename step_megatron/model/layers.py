@@ -16,7 +16,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from step_kernels import rms_norm, swiglu
 from torch.nn.functional import silu
 
+from step_megatron.config.schema import LoRAConfig
 from step_megatron.model.attention import PackedCausalAttention
+from step_megatron.model.lora import adapt_specification
 
 LayerKind = Literal["torch", "te"]
 
@@ -62,12 +64,19 @@ class RMSNorm(torch.nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
-def layer_kind(wanted: Literal["auto", "torch", "te"]) -> LayerKind:
+def layer_kind(wanted: Literal["auto", "torch", "te"], adapted: bool = False) -> LayerKind:
     """The kind of layers that `config.model.layers` means on this machine.
 
+    Args:
+        adapted: layers with LoRA, which only the torch layers have.
+
     Raises:
-        RuntimeError: `te` is asked for without a GPU or without Transformer Engine.
+        RuntimeError: `te` is asked for with LoRA, without a GPU or without Transformer Engine.
     """
+    if adapted:
+        if wanted == "te":
+            raise RuntimeError("model.layers=te has no LoRA (model.lora.rank above 0); use model.layers=torch")
+        return "torch"
     possible = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if wanted == "te" and not possible:
         raise RuntimeError(
@@ -78,13 +87,16 @@ def layer_kind(wanted: Literal["auto", "torch", "te"]) -> LayerKind:
     return wanted
 
 
-def layer_specification(config: TransformerConfig, kind: LayerKind, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def layer_specification(
+    config: TransformerConfig, kind: LayerKind, vp_stage: int | None = None, lora: LoRAConfig | None = None
+) -> TransformerBlockSubmodules:
     """Submodules of one pipeline stage (or virtual chunk) of the decoder.
 
     Args:
         config: Megatron's configuration; the number of layers here follows from it and from the stage.
         kind: see the module's docstring.
         vp_stage: virtual pipeline chunk, None without virtual stages.
+        lora: adapters of the torch layers; none where its rank is 0.
     """
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     if kind == "te":
@@ -99,5 +111,7 @@ def layer_specification(config: TransformerConfig, kind: LayerKind, vp_stage: in
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedCausalAttention
+    if lora is not None and lora.rank:
+        adapt_specification(spec, lora)
     # The local spec renames its norms in checkpoints to Transformer Engine's fused names: one checkpoint serves both kinds.
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)

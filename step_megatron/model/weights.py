@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from step_megatron.model import lora
 from step_megatron.runtime import seeds
 
 # Parameters that tensor parallelism cuts, and the dimension it cuts; all others are whole on every rank.
@@ -24,6 +25,10 @@ _CUT = {
     "linear_fc1.weight": 0,
     "linear_proj.weight": 1,
     "linear_fc2.weight": 1,
+    "linear_qkv.lora_B": 0,
+    "linear_fc1.lora_B": 0,
+    "linear_proj.lora_A": 1,
+    "linear_fc2.lora_A": 1,
 }
 # Transformer Engine fuses a norm into the linear layer behind it.
 _FUSED_NORMS = {
@@ -98,7 +103,7 @@ def without_layer_number(name: str) -> str:
 
 
 def initialize(language_model: torch.nn.Module, seed: int, vocabulary: int) -> None:
-    """Set the weights of one decoder chunk: normal with Megatron's `init_method_std`, zero biases, unit norms.
+    """Set the weights of one decoder chunk: normal with Megatron's `init_method_std`, zero biases, unit norms, LoRA at zero.
 
     Projections back into the residual stream have the standard deviation `init_method_std / sqrt(2 * num_layers)`, as in GPT-2
     and Megatron. Every parameter has a generator of its own, seeded by its full name. Parameters on the meta device are skipped.
@@ -115,23 +120,27 @@ def initialize(language_model: torch.nn.Module, seed: int, vocabulary: int) -> N
             _mark(parameter, cut_dimension(name))
             if parameter.is_meta:
                 continue
-            if name.endswith("bias"):
+            if name.endswith(("bias", lora.B)):
                 parameter.zero_()
             elif "norm" in name:
                 parameter.fill_(1.0)
             else:
                 shape = list(parameter.shape)
-                shape[cut_dimension(name)] *= size
+                if (dimension := cut_dimension(name)) is not None:
+                    shape[dimension] *= size
                 if name.endswith(_VOCABULARY):
                     shape[0] = vocabulary
                 parameter.copy_(shard(name, _draw(config, name, shape, parameter.device, seed), rank, size))
 
 
 def _draw(config: TransformerConfig, name: str, shape: list[int], device: torch.device, seed: int) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(seeds.derive(seed, name))
+    if name.endswith(lora.A):
+        # As peft draws it: Kaiming's uniform distribution with a = sqrt(5).
+        return torch.empty(shape, device=device).uniform_(-1, 1, generator=generator) / shape[1] ** 0.5
     std = config.init_method_std
     if "linear_proj" in name or "linear_fc2" in name:
         std /= (2 * config.num_layers) ** 0.5
-    generator = torch.Generator(device).manual_seed(seeds.derive(seed, name))
     return torch.randn(shape, generator=generator, device=device) * std
 
 

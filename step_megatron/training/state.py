@@ -1,7 +1,6 @@
 """What training changes: this rank's model chunks, their optimizer and its schedule, built from a configuration."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -10,11 +9,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
 from step_megatron.checkpoint.directory import CheckpointError, latest_checkpoint
-from step_megatron.checkpoint.distributed import load_model_weights
+from step_megatron.checkpoint.distributed import load_model_weights, saved_names
 from step_megatron.config.schema import Config
-from step_megatron.model.audio_lm import build_model
+from step_megatron.model.audio_lm import AudioLanguageModel, build_model
 from step_megatron.model.decoder import transformer_config
 from step_megatron.model.freeze import freeze
+from step_megatron.model.lora import is_adapter
 from step_megatron.training import optimizer as optimizers
 from step_megatron.training.schedule import build_scheduler
 
@@ -40,14 +40,14 @@ def build_state(config: Config, control_group: dist.ProcessGroup | None = None, 
 
     Raises:
         ConfigError, ValueError: settings that Megatron does not have or refuses; the message names the key.
-        CheckpointError: `model.weights` has no checkpoint, or one of another model.
+        CheckpointError: `model.weights` has no checkpoint, or one of another model (of adapters that this run does not have).
     """
     transformer = transformer_config(config)
     optimizer_config = optimizers.build_optimizer_config(config.megatron, transformer)
     chunks = build_model(config, transformer)
     if config.model.weights and not resumes:
         # Before the optimizer copies them into its own precision.
-        load_model_weights(chunks, _starting_weights(config.model.weights))
+        _load_start(chunks, config)
     freeze(chunks, config.model.freeze, control_group)
     model = optimizers.wrap_data_parallel(chunks, transformer, optimizers.build_ddp_config(config.megatron))
     optimizer = optimizers.build_optimizer(optimizer_config, model)
@@ -56,8 +56,16 @@ def build_state(config: Config, control_group: dist.ProcessGroup | None = None, 
     return TrainState(transformer, model, optimizer, scheduler)
 
 
-def _starting_weights(directory: str) -> Path:
+def _load_start(chunks: list[AudioLanguageModel], config: Config) -> None:
+    """Load the weights of `model.weights`; adapters of which they have none begin anew."""
+    directory = config.model.weights
     checkpoint = latest_checkpoint(directory)
     if checkpoint is None:
         raise CheckpointError(f"model.weights: {directory} has no checkpoint; give a run, or what `convert import` wrote")
-    return checkpoint
+    adapted = any(map(is_adapter, saved_names(checkpoint)))
+    if adapted and not config.model.lora.rank:
+        raise CheckpointError(
+            f"model.weights: {directory} was trained with LoRA, and this run has none (model.lora.rank=0); keep its model.lora, "
+            "or start from its weights merged (`convert export`, then `convert import`)"
+        )
+    load_model_weights(chunks, checkpoint, without=None if adapted else is_adapter)

@@ -12,6 +12,7 @@ from step_megatron.config.schema import (
     AdaptorConfig,
     Config,
     EncoderConfig,
+    LoRAConfig,
     MegatronConfig,
     ModelConfig,
     RunConfig,
@@ -33,6 +34,8 @@ def small_config(
     freeze: tuple[str, ...] = (),
     tied: bool = False,
     vocabulary: int = VOCABULARY,
+    lora: dict[str, Any] | None = None,
+    max_positions: int = 256,
 ) -> Config:
     """A small model: 4 layers, width 64."""
     sizes = {
@@ -44,10 +47,11 @@ def small_config(
         model=ModelConfig(
             preset="test",
             vocabulary_size=vocabulary,
-            max_positions=256,
+            max_positions=max_positions,
             rotary_base=1e4,
             tie_embeddings=tied,
             freeze=list(freeze),
+            lora=LoRAConfig(**lora or {}),
         ),
         encoder=EncoderConfig(mels=8, width=ENCODER_WIDTH, layers=1, heads=2, ffn_width=48),
         adaptor=AdaptorConfig(width=32),
@@ -65,8 +69,8 @@ def train(
     ddp: dict | None = None,
     packed: bool = True,
     freeze: tuple[str, ...] = (),
-    tied: bool = False,
-    vocabulary: int = VOCABULARY,
+    steps: int = STEPS,
+    **model: Any,
 ) -> dict:
     """Train a few steps in one layout.
 
@@ -77,7 +81,7 @@ def train(
     from step_megatron.runtime.device import initialize
     from step_megatron.training.optimizer import settled_parameters
 
-    config = small_config(transformer, OPTIMIZERS[optimizer], ddp, freeze, tied, vocabulary)
+    config = small_config(transformer, OPTIMIZERS[optimizer], ddp, freeze, **model)
     runtime = initialize(config)
     state = lively_state(config)
     trainer = make_trainer(config, runtime, state, packed)
@@ -90,16 +94,17 @@ def train(
         return prepare_grads()
 
     state.optimizer.prepare_grads = prepare_after_capture
-    lines = [run_step(trainer) for _ in range(STEPS)]
+    lines = [run_step(trainer) for _ in range(steps)]
     with settled_parameters(state.model):
         parameters = full_tensors(state.model, lambda parameter: parameter)
     return {"lines": lines, "gradients": captured, "parameters": parameters}
 
 
 def lively_state(config: Config):
-    """A training state whose biases and norms are not 0 and 1, so that one that is mapped, cut or reduced wrongly shows."""
+    """A training state whose biases, norms and adapters are not 0 and 1: one that is mapped, cut or reduced wrongly shows."""
     from megatron.core import parallel_state
 
+    from step_megatron.model.lora import is_adapter
     from step_megatron.model.weights import cut_dimension, full_names, shard
     from step_megatron.runtime import device
     from step_megatron.training import state
@@ -112,8 +117,10 @@ def lively_state(config: Config):
             names = full_names(chunk)
             for local, parameter in chunk.named_parameters():
                 name = names[local]
-                if parameter.dim() == 1:
-                    full = [parameter.numel() * (size if cut_dimension(name) == 0 else 1)]
+                if parameter.dim() == 1 or is_adapter(name):
+                    full = list(parameter.shape)
+                    if (dimension := cut_dimension(name)) is not None:
+                        full[dimension] *= size
                     noise = 0.1 * torch.randn(full, generator=seeds.generator(3, name))
                     parameter.data.add_(shard(name, noise, rank, size))
         return chunks
