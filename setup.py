@@ -194,6 +194,9 @@ setup(
             "scikit-learn>=1.5,<2",
             "matplotlib>=3.8,<4",
             "triton>=3.6,<3.9",
+            # LoRA adapters are held against it; transformers' Trainer, a peer of the benchmarks, needs accelerate.
+            "peft>=0.21,<0.22",
+            "accelerate>=1.10,<2",
             # Its fused loss is held against ours.
             "liger-kernel>=0.8,<0.9",
             "ruff>=0.9,<0.18",

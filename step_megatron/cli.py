@@ -255,6 +255,7 @@ def _add_convert(commands) -> None:
     parser.add_argument("--out", "--to", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--layout", choices=EXPORTED, help="default: what the run was imported from, else step-audio")
     parser.add_argument("--step", type=int, help="of a checkpoint that is not the newest")
+    parser.add_argument("--adapter", action="store_true", help="the LoRA adapters alone, as peft reads them (default: merged)")
 
 
 def _add_bench(commands) -> None:
@@ -461,7 +462,7 @@ def _convert_import(options) -> None:
 def _convert_export(options) -> None:
     from step_megatron.conversion.exporting import export_run
 
-    print(json.dumps(export_run(options.run, options.out, options.layout, options.step)))
+    print(json.dumps(export_run(options.run, options.out, options.layout, options.step, options.adapter)))
 
 
 def _bench(options) -> int | None:

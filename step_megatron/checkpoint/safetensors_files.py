@@ -127,6 +127,7 @@ def write_safetensors(
     read: Callable[[str], torch.Tensor],
     limit: int = SHARD_BYTES,
     written: Callable[[str], None] = lambda name: None,
+    stem: str = "model",
 ) -> list[Path]:
     """Write tensors as `model.safetensors`, or as several shards with an index where they are larger than `limit`.
 
@@ -134,6 +135,7 @@ def write_safetensors(
         tensors: what will be written, in order; `read(name)` has to return just that.
         limit: bytes of a shard; a larger tensor gets a shard of its own.
         written: called with a tensor's name when it is on its way to the disk.
+        stem: what the files are called in place of `model`.
 
     Returns:
         The files, each complete.
@@ -145,7 +147,8 @@ def write_safetensors(
     directory.mkdir(parents=True, exist_ok=True)
     shards = _plan(tensors, limit)
     single = len(shards) == 1
-    names = ["model.safetensors" if single else f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    numbers = [""] if single else [f"-{i + 1:05}-of-{len(shards):05}" for i in range(len(shards))]
+    names = [f"{stem}{number}.safetensors" for number in numbers]
     for file, shard in zip(names, shards, strict=True):
         with (directory / file).open("wb") as stream:
             stream.write(_header({name: tensors[name] for name in shard}))

@@ -56,6 +56,8 @@ def model_card(
         lines += [f"  - `{name}`: {file['bytes']:,} bytes, SHA-256 `{file['sha256']}`{_checked(file)}" for name, file in files]
     if not past.models:
         lines += ["- nothing was imported: decoder and adaptor were drawn from a seed and trained"]
+    if config.model.lora.rank:
+        lines += [f"- trained with LoRA of rank {config.model.lora.rank}, whose adapters are merged into the weights"]
     if past.drawn:
         lines += [f"- drawn from the seed on import: {', '.join(past.drawn)}"]
     if past.added:

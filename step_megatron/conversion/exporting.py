@@ -6,8 +6,8 @@
 
     OUT/model*.safetensors, config.json, generation_config.json, tokenizer files, README.md (model card), LICENCES/
 
-One tensor is in memory at a time; types are those of the checkpoint; padding of the vocabulary is not in it. OUT is complete or
-absent.
+One tensor is in memory at a time; types are those of the checkpoint; padding of the vocabulary is not in it. LoRA adapters are
+merged into the weights, or written alone (`adapter`). OUT is complete or absent.
 """
 
 import json
@@ -25,6 +25,7 @@ from step_megatron.checkpoint.streamed import WeightsReader
 from step_megatron.config.load import RUN_CONFIG, for_one_process, load_config
 from step_megatron.config.schema import Config
 from step_megatron.conversion import card, model_configs
+from step_megatron.conversion.adapter import Read, export_adapter, reading_merged
 from step_megatron.conversion.importing import ADAPTOR, LANGUAGE_MODEL, meta_model
 from step_megatron.conversion.provenance import copy_licences, history
 from step_megatron.conversion.sources import ConversionError, CTranslate2Encoder, Source
@@ -39,7 +40,6 @@ from step_megatron.runtime.folders import whole_folder
 from step_megatron.runtime.progress import Progress
 
 LAYOUTS = ("step-audio", "qwen2-audio", "qwen2", "llama")
-Read = Callable[[str], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,19 @@ class _Piece:
     read: Read
 
 
-def export_run(run_dir: Path, out: Path, layout: str | None = None, step: int | None = None) -> dict[str, Any]:
+def export_run(
+    run_dir: Path, out: Path, layout: str | None = None, step: int | None = None, adapter: bool = False
+) -> dict[str, Any]:
     """Export a run, or what `convert import` made; see the module's docstring.
 
     Args:
         out: the folder to make.
         layout: one of `LAYOUTS`; None for that of the import, which for a run of another kind is step-audio.
         step: of a checkpoint that is not the newest.
+        adapter: the LoRA adapters alone, in peft's format, which is that of the decoder; `layout` is not used.
 
     Returns:
-        `layout`, `checkpoint`, `tensors`, `bytes`, `files`.
+        `layout`, `checkpoint`, `tensors`, `bytes`, `files`; of adapters also `left_out`.
 
     Raises:
         FileExistsError: `out` is there already.
@@ -71,6 +74,8 @@ def export_run(run_dir: Path, out: Path, layout: str | None = None, step: int | 
     if out.exists():
         raise FileExistsError(f"{out} exists; name another --out, or delete it first")
     config = _run_config(run_dir)
+    if adapter:
+        return export_adapter(run_dir, config, _checkpoint(run_dir, step), out)
     past = history(run_dir, config)
     layout = layout or past.layout or "step-audio"
     check_layout(config, layout)
@@ -144,7 +149,7 @@ class _Reader:
 
 def _pieces(config: Config, layout: str, reader: WeightsReader) -> dict[str, _Piece]:
     """Every tensor of the layout by its name there, in the order of the layers."""
-    transformer = transformer_config(config)
+    transformer, read = transformer_config(config), reading_merged(reader, config.model.lora)
     prefix = "language_model." if layout == "qwen2-audio" else ""
     entries = [
         entry.renamed(lambda name: LANGUAGE_MODEL + name, lambda name: prefix + name)
@@ -159,7 +164,7 @@ def _pieces(config: Config, layout: str, reader: WeightsReader) -> dict[str, _Pi
     for entry in entries:
         dtype = reader.tensors[entry.ours].dtype
         for part, (name, shape) in enumerate(entry.theirs):
-            pieces[name] = _Piece(TensorInfo(shape, dtype), entry, part, reader.read)
+            pieces[name] = _Piece(TensorInfo(shape, dtype), entry, part, read)
     return pieces
 
 

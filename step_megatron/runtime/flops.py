@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from step_megatron.config.schema import AdaptorConfig, Config, EncoderConfig
+from step_megatron.config.schema import AdaptorConfig, Config, EncoderConfig, LoRAConfig
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,18 @@ def adaptor_work(encoder: EncoderConfig, adaptor: AdaptorConfig, out_width: int,
     return Work(2 * tokens * (3 * encoder.width**2 + encoder.width * adaptor.width + adaptor.width * out_width))
 
 
+def lora_work(shape: DecoderShape, lora: LoRAConfig, tokens: int) -> Work:
+    """Operations of the adapters' forward pass; nothing where the rank is 0."""
+    query, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    widths = {
+        "linear_qkv": shape.width + query + 2 * keys,
+        "linear_proj": query + shape.width,
+        "linear_fc1": shape.width + shape.ffn_width * (2 if shape.gated else 1),
+        "linear_fc2": shape.ffn_width + shape.width,
+    }
+    return Work(2 * tokens * shape.layers * lora.rank * sum(widths[name] for name in lora.targets))
+
+
 def training_flops(
     config: Config,
     segments: Sequence[int],
@@ -134,11 +146,13 @@ def training_flops(
     Args:
         segments: lengths of the packed segments without padding, in tokens.
         audio_frames: encoder frames (25 Hz) of each audio chunk in them.
-        decoder_trained, adaptor_trained: whether any of their weights are.
+        decoder_trained, adaptor_trained: whether any of their weights are; LoRA's adapters are beside them, and trained.
         predicted: tokens that go through the output layer, all of them when None.
     """
     shape = DecoderShape.of(config)
-    decoder = decoder_work(shape, segments, predicted).training(decoder_trained, inputs=decoder_trained or adaptor_trained)
+    through = decoder_trained or adaptor_trained or config.model.lora.rank > 0
+    decoder = decoder_work(shape, segments, predicted).training(decoder_trained, inputs=through)
+    decoder += lora_work(shape, config.model.lora, sum(segments)).training()
     adaptor = adaptor_work(config.encoder, config.adaptor, shape.width, audio_frames).training(adaptor_trained, inputs=False)
     return decoder + adaptor
 

@@ -38,6 +38,7 @@ from step_megatron.data.aspects import LossGroup
 from step_megatron.data.loader import MixtureLoader
 from step_megatron.data.micro_batch import MicroBatch
 from step_megatron.data.tokenizer import Tokenizer
+from step_megatron.model.lora import is_adapter
 from step_megatron.runtime.device import Runtime, initialize, shutdown, store_client
 from step_megatron.runtime.flops import device_peak, encoder_work, precision, training_flops
 from step_megatron.runtime.metrics import MetricsWriter
@@ -206,7 +207,8 @@ def flops_of(config: Config, state: TrainState) -> Callable[[TrainingBatch], int
     """Operations that training on a micro-batch needs, given what is frozen (on any rank: a stage alone may have no adaptor)."""
     names = [name for chunk in state.model for name, parameter in chunk.named_parameters() if parameter.requires_grad]
     flags = torch.tensor(
-        [any("adaptor" not in name for name in names), any("adaptor" in name for name in names)], dtype=torch.int32
+        [any("adaptor" not in name and not is_adapter(name) for name in names), any("adaptor" in name for name in names)],
+        dtype=torch.int32,
     )
     flags = flags.to(next(state.model[0].parameters()).device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
