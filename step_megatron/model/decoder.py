@@ -58,6 +58,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     for name in ("hidden_dropout", "attention_dropout"):
         if settings[name]:
             raise ValueError(f"megatron.transformer.{name}={settings[name]}: dropout is not supported; set it to 0")
+    megatron_release.check_recomputation(settings)
     heads, groups = settings["num_attention_heads"], settings.get("num_query_groups") or settings["num_attention_heads"]
     if heads % groups:
         raise ValueError(f"megatron.transformer.num_query_groups={groups} does not divide num_attention_heads={heads}")

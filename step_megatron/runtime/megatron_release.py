@@ -5,6 +5,7 @@ newest that Python 3.11 gets.
 """
 
 import importlib.metadata
+import importlib.util
 import warnings
 from typing import Any
 
@@ -70,6 +71,19 @@ def transformer_defaults(settings: dict[str, Any], on_cpu: bool) -> dict[str, An
     if on_cpu:
         defaults |= _CPU_TRANSFORMER
     return defaults | settings
+
+
+def check_recomputation(settings: dict[str, Any]) -> None:
+    """Refuse what this release recomputes by Transformer Engine's means alone, where that is not installed.
+
+    Raises:
+        ValueError: names the key and what to use instead.
+    """
+    if "layernorm" in (settings.get("recompute_modules") or ()) and importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError(
+            f"megatron.transformer.recompute_modules: Megatron-Core {TESTED_RELEASE} recomputes layernorm with Transformer "
+            "Engine only, which is not installed; use core_attn, mlp, or recompute_granularity=full"
+        )
 
 
 def reset_globals() -> None:

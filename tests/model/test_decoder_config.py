@@ -36,6 +36,11 @@ def test_bad_settings_are_named(setting, message):
         transformer_config(small_config(**setting))
 
 
+def test_what_megatron_recomputes_with_transformer_engine_only_is_refused():
+    with pytest.raises(ValueError, match="recomputes layernorm with Transformer Engine only"):
+        transformer_config(small_config(recompute_granularity="selective", recompute_modules=["layernorm"]))
+
+
 def test_a_vocabulary_that_leaves_a_rank_nothing_is_refused(runtime):
     from step_megatron.model.decoder import build_decoder
 
