@@ -78,7 +78,9 @@ class Padding:
         """Padding for a parallel layout and a budget of tokens.
 
         Context parallelism cuts segments in 2 x cp pieces; sequence parallelism cuts a rank's tokens in tp pieces. With virtual
-        pipeline stages (`vpp` > 1) the interleaved schedule wants one shape for all micro-batches: the budget, rounded down.
+        pipeline stages (`vpp` > 1) all micro-batches get one shape: the budget, rounded down. Megatron's interleaved schedule
+        takes unequal ones with the messages that are its default here (overlapping, one by one; the parity tests do so on gloo),
+        and goes wrong with batched ones.
 
         Raises:
             ValueError: the budget holds not even one unit of padding.
