@@ -103,11 +103,12 @@ def _batches(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
 
 
 def text_config(config: Config):
-    """transformers' `Qwen2Config` of the decoder."""
-    from transformers import Qwen2Config
+    """transformers' configuration of the decoder: `Qwen2Config`, without the bias of query, key and value `LlamaConfig`."""
+    from transformers import LlamaConfig, Qwen2Config
 
     settings = config.megatron.transformer
-    return Qwen2Config(
+    kind = Qwen2Config if settings.get("add_qkv_bias", True) else LlamaConfig
+    return kind(
         vocab_size=config.model.vocabulary_size,
         hidden_size=settings["hidden_size"],
         intermediate_size=settings["ffn_hidden_size"],
@@ -117,13 +118,14 @@ def text_config(config: Config):
         max_position_embeddings=config.model.max_positions,
         rms_norm_eps=settings["layernorm_epsilon"],
         rope_parameters={"rope_type": "default", "rope_theta": config.model.rotary_base},
-        tie_word_embeddings=False,
+        tie_word_embeddings=config.model.tie_embeddings,
     )
 
 
 def decoder_weights(model: AudioLanguageModel) -> dict[str, torch.Tensor]:
-    """Weights of the decoder, in one process, by the names of transformers' `Qwen2ForCausalLM`."""
-    return huggingface.to_huggingface(huggingface.gather([model.language_model]), model.config, tied=False)
+    """Weights of the decoder, in one process, by the names of transformers' `Qwen2ForCausalLM` and `LlamaForCausalLM`."""
+    tied = model.share_embeddings_and_output_weights
+    return huggingface.to_huggingface(huggingface.gather([model.language_model]), model.config, tied)
 
 
 def _build(config: Config, audio_id: int) -> nn.Module:
