@@ -53,7 +53,7 @@ def run(options: Namespace) -> dict:
     """Measure, print a table, and return the figures.
 
     Args:
-        options: `repeats` (rounds), `clips` (conversations, None for 32), `preset` (of the model).
+        options: `repeats` (rounds), `clips` (conversations, None for 32), `preset` (of the model, None for tiny).
 
     Returns:
         `{"name", "preset", "ratio", "low", "high", ...}`: tokens a second of ours over the padded Trainer's (median, lowest and
@@ -64,7 +64,8 @@ def run(options: Namespace) -> dict:
         RuntimeError: a contestant's loss is not ours, or the packed row's conversations see one another.
     """
     before, load = torch.get_num_threads(), os.getloadavg()[0]
-    config = load_config(None, [f"model.preset={options.preset}", *OVERRIDES])
+    preset = options.preset or "tiny"
+    config = load_config(None, [f"model.preset={preset}", *OVERRIDES])
     conversations = make_conversations(options.clips or _CONVERSATIONS, config.model.vocabulary_size)
     runtime = initialize(config)
     try:
@@ -77,7 +78,7 @@ def run(options: Namespace) -> dict:
     finally:
         shutdown()
         torch.set_num_threads(before)
-    return _report(rounds, losses, ours, options.preset, (load, os.getloadavg()[0]))
+    return _report(rounds, losses, ours, preset, (load, os.getloadavg()[0]))
 
 
 _PEERS = ("padded", "packed")

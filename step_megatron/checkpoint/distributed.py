@@ -90,9 +90,8 @@ def load_checkpoint(
 
 
 def saved_names(directory: str | Path) -> list[str]:
-    """Names of the tensors of a checkpoint, the model's among them by their full names."""
-    _common(directory)
-    return list(dist_checkpointing.load_tensors_metadata(str(directory)))
+    """Names of what a checkpoint holds; the model's parameters are among them under names that end as their full names do."""
+    return list(megatron_reading.IndexReader(directory).read_metadata().state_dict_metadata)
 
 
 def load_model_weights(
