@@ -52,8 +52,9 @@ class Entry:
         return joined
 
     def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Their tensors from ours; the inverse of `join`."""
-        return tuple(view.reshape(shape) for view, (_, shape) in zip(self.views(tensor), self.theirs, strict=True))
+        """Their tensors from ours, or the rows that are theirs of another matrix with our rows; the inverse of `join`."""
+        views = zip(self.views(tensor), self.theirs, strict=True)
+        return tuple(view.reshape(shape[0], *tensor.shape[1:]) for view, (_, shape) in views)
 
     def renamed(self, ours: Callable[[str], str], theirs: Callable[[str], str]) -> "Entry":
         """The same entry under other names."""
