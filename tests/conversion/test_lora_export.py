@@ -1,6 +1,7 @@
 """A run with LoRA leaves as plain weights and as peft's adapter, and both compute in transformers what it computes here."""
 
 import json
+from contextlib import closing
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def _runtime_ends():
 
 def adapted_run(folder, imported, targets):
     """A run that started from an import, with adapters that are not zero; its configuration and logits."""
-    from step_megatron.checkpoint.distributed import save_checkpoint
+    from step_megatron.checkpoint.saving import Checkpoints
     from step_megatron.model.batch import make_batch
     from step_megatron.model.lora import is_adapter
     from step_megatron.runtime.device import initialize, shutdown
@@ -43,7 +44,8 @@ def adapted_run(folder, imported, targets):
             if is_adapter(name):
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
         logits = model(make_batch(TOKENS, [20]))
-    save_checkpoint(folder, 3, state.model, state.optimizer, state.scheduler, {})
+    with closing(Checkpoints(folder)) as checkpoints:
+        checkpoints.save(3, state.model, state.optimizer, state.scheduler, {})
     save(config, folder / "config.yaml")
     shutdown()
     return before, logits
