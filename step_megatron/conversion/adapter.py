@@ -20,10 +20,10 @@ from step_megatron.config.schema import Config, LoRAConfig
 from step_megatron.conversion.importing import LANGUAGE_MODEL, meta_model
 from step_megatron.conversion.provenance import history
 from step_megatron.conversion.sources import ConversionError
-from step_megatron.data.folders import whole_folder
 from step_megatron.model.decoder import transformer_config
 from step_megatron.model.huggingface import decoder_entries
 from step_megatron.model.lora import A, B, merge
+from step_megatron.runtime.folders import whole_folder
 
 Read = Callable[[str], torch.Tensor]
 
