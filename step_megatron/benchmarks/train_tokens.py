@@ -25,6 +25,7 @@ from step_kernels.bench.lengths import asterisk
 from step_megatron.benchmarks.train_tokens_peer import Clock, Conversation, Pass, TrainerPeer
 from step_megatron.config import load_config
 from step_megatron.config.schema import Config
+from step_megatron.data.aspects import LossGroup
 from step_megatron.data.micro_batch import Padding, assemble
 from step_megatron.data.template import TokenizedSample
 from step_megatron.runtime.device import Runtime, initialize, shutdown
@@ -37,7 +38,7 @@ _CONVERSATIONS = 32
 _THREADS = 2
 # Spoken words make about so many text tokens a second; clips are measured in encoder frames, 50 a second, four to an audio token.
 _SPOKEN, _FRAMES, _FRAMES_PER_TOKEN = 4, 50, 4
-_SOURCE = "conversations"
+_GROUP = LossGroup("conversations")
 # Losses of two float32 implementations, relative.
 _AGREEING = 1e-4
 OVERRIDES = (
@@ -109,14 +110,14 @@ class Ours:
         samples = [
             TokenizedSample(
                 str(number),
-                _SOURCE,
+                _GROUP.source,
                 np.array(each.tokens, np.int32),
                 np.array([0] * len(each.prompt) + [1] * len(each.reply), np.uint8),
                 (),
             )
             for number, each in enumerate(conversations)
         ]
-        self.micro_batch = assemble(samples, [_SOURCE] * len(samples), lambda address: (), Padding(), 0)
+        self.micro_batch = assemble(samples, [_GROUP] * len(samples), lambda address: (), Padding(), 0)
 
     @property
     def tokens(self) -> int:
@@ -132,7 +133,7 @@ class Ours:
     def update(self) -> Pass:
         """One update."""
         clock, state = Clock(), self.state
-        batch = to_device(self.micro_batch, {}, (_SOURCE,), self.config.encoder.width, self.runtime)
+        batch = to_device(self.micro_batch, {}, (_GROUP,), self.config.encoder.width, self.runtime)
         for chunk in state.model:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
