@@ -68,7 +68,7 @@ POLICIES = {
     "attention-mlp": (selective("core_attn", "mlp"), (4, 4)),
 }
 # What is trained: everything, the audio adaptor alone, or LoRA beside it.
-TRAINED = {"all": {}, "adaptor": {"freeze": ("language_model.*",)}, "lora": {"lora": {"rank": 4, "alpha": 8.0}}}
+TRAINED = {"all": {}, "adaptor": {"freeze": ("language_model.*",)}, "lora": {"lora": {"rank": 4, "alpha": 4.0}}}
 
 
 def train_counting(rank, world_size, **kwargs):

@@ -8,7 +8,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True}
-LORA = {"lora": {"rank": 4, "alpha": 8.0}}
+LORA = {"lora": {"rank": 4, "alpha": 4.0}}
 LAYOUTS = {
     "tp2": (TP2, {}),
     "tp2-sp": (TP2 | SP, {}),
