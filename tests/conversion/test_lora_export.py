@@ -42,7 +42,7 @@ def adapted_run(folder, imported, targets):
         before = model(make_batch(TOKENS, [20]))
         for name, parameter in model.named_parameters():
             if is_adapter(name):
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         logits = model(make_batch(TOKENS, [20]))
     with closing(Checkpoints(folder)) as checkpoints:
         checkpoints.save(3, state.model, state.optimizer, state.scheduler, {})
