@@ -22,9 +22,9 @@ import torch.distributed as dist
 from step_megatron.config.load import ConfigError
 from step_megatron.config.schema import RewardConfig
 from step_megatron.evaluation.scoring import split_reply
-from step_megatron.rl.checks import CHECKS
 from step_megatron.rl.judge.judging import Judgment
 from step_megatron.rl.packed import moments
+from step_megatron.rl.verifiable import CHECKS
 
 # Deviations of normalised values that count; a rare value after thousands of equal ones would be worth any number of them.
 _CLIP = 5.0

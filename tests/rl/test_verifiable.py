@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_megatron.rl.checks import CHECKS
+from step_megatron.rl.verifiable import CHECKS
 
 CHOICES = ("cat", "dog", "guinea pig", "pig")
 
