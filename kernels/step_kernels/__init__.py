@@ -18,6 +18,7 @@ from step_kernels.pool_norm_downsample import pool_norm_downsample
 from step_kernels.registry import available_backends, backends_of, registered
 from step_kernels.rms_norm import rms_norm
 from step_kernels.rope_qk import rope_qk
+from step_kernels.rope_to_cache import rope_to_cache
 from step_kernels.swiglu import swiglu
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "registered",
     "rms_norm",
     "rope_qk",
+    "rope_to_cache",
     "swiglu",
 ]

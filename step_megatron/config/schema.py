@@ -201,6 +201,27 @@ class TrainingConfig:
 
 
 @dataclass
+class GenerationConfig:
+    """The engine that generates: evaluation, chat, serving and rollouts."""
+
+    # Samples that are decoded together.
+    rows: int = 64
+    # Tokens that the key-value cache holds; what does not fit waits.
+    cache_tokens: int = 65536
+    # Longest prompt and reply together; 0: model.max_positions.
+    max_length: int = 0
+    # A prompt is read in chunks of so many tokens, and a pass over prompts reads about `prefill_tokens`, so that running samples
+    # never wait long.
+    prefill_chunk: int = 1024
+    prefill_tokens: int = 8192
+    # A sample's bits depend on nothing but its prompt, its seed and the weights: every product has `invariant_rows` rows.
+    batch_invariant: bool = False
+    invariant_rows: int = 32
+    # On a GPU: replay decoding steps as CUDA graphs.
+    cuda_graphs: bool = True
+
+
+@dataclass
 class MegatronConfig:
     """Fields of Megatron's own dataclasses, passed through."""
 
@@ -329,4 +350,5 @@ class Config:
     audio: AudioConfig = field(default_factory=AudioConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     rl: RLConfig = field(default_factory=RLConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)

@@ -6,7 +6,7 @@ with loaded_run(run_dir, data_dir) as run:
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,9 +28,10 @@ from step_megatron.data.template import TEMPLATES, render
 from step_megatron.data.tokenizer import Tokenizer
 from step_megatron.data.turns import as_prompt
 from step_megatron.evaluation.scoring import THINK_END, THINK_START
+from step_megatron.generation.engine import Engine
+from step_megatron.generation.request import Generation, Prompt, Sampling
 from step_megatron.model.audio_lm import AudioLanguageModel, build_model
 from step_megatron.model.encoder import AudioEncoder, build_encoder
-from step_megatron.model.generation import Prompt, generate
 from step_megatron.runtime.device import Runtime, initialize, shutdown
 from step_megatron.runtime.progress import get_logger
 
@@ -90,6 +91,7 @@ class TrainedRun:
         data_dir: Path | None,
     ):
         self.config, self.tokenizer, self.model = config, tokenizer, model
+        self.engine = Engine(model, config.generation)
         self._encoder, self._front_end, self._audio, self._data_dir = encoder, front_end, audio, data_dir
         self._clips: dict[str, EncodedClip | None] = {}
 
@@ -159,27 +161,36 @@ class TrainedRun:
         )
 
     def reply(
-        self, conversations: Sequence[Conversation], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+        self,
+        conversations: Sequence[Conversation],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        progress: Callable[[int], None] | None = None,
     ) -> list[str | None]:
-        """Text of the next assistant turn of every conversation, from inside `<think>` on, generated as one batch.
+        """Text of the next assistant turn of every conversation, from inside `<think>` on.
 
         None where a clip could not be read. Under a template whose prompt does not open `<think>`, a reply that does not think is
-        returned with `</think>` in front, so that all replies read alike.
+        returned with `</think>` in front, so that all replies read alike. `progress` is called with the number of replies that
+        have ended since the last call.
         """
         readable = [i for i, c in enumerate(conversations) if all(self._clips[a] is not None for a in c.audio_addresses())]
         prompts = [self.prompt(conversations[i]) for i in readable]
-        template = TEMPLATES[self.config.tokenizer.template]
-        stops = (self.tokenizer.special(template.close), self.tokenizer.pad_id)
         replies: list[str | None] = [None] * len(conversations)
-        if not prompts:
-            return replies
-        generations = generate(
-            self.model, prompts, max_new_tokens, stops, temperature=temperature, seed=seed, batch_size=len(prompts)
-        )
-        for i, generation in zip(readable, generations, strict=True):
-            ids = generation.tokens[:-1] if generation.finish_reason == "stop" else generation.tokens
-            replies[i] = _from_inside_thinking(self.tokenizer.decode(ids), template.prompt_thinks)
+        sampling = Sampling(temperature, seed=seed, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids)
+        for i, generation in zip(readable, self.engine.generate(prompts, sampling, progress=progress), strict=True):
+            replies[i] = self.text(generation)
         return replies
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a reply."""
+        return self.tokenizer.special(TEMPLATES[self.config.tokenizer.template].close), self.tokenizer.pad_id
+
+    def text(self, generation: Generation) -> str:
+        """What was generated, from inside `<think>` on, without the id that ended it; see `reply`."""
+        ids = generation.tokens[:-1] if generation.finish_reason == "stop" else generation.tokens
+        return _from_inside_thinking(self.tokenizer.decode(ids), TEMPLATES[self.config.tokenizer.template].prompt_thinks)
 
 
 def _from_inside_thinking(text: str, prompt_thinks: bool) -> str:

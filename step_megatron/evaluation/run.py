@@ -2,7 +2,7 @@
 
 1. items of `test.jsonl` by task, and for each with a clip the same question about another clip (the control);
 2. clips encoded once (the encoded-audio cache holds what training encoded), among them the probe's train clips;
-3. replies in large batches, a task at a time, so that a batch's replies are of one length class;
+3. replies to all of them, the engine starting one where another has ended;
 4. scores, a few conversations to read, and one line of results.
 """
 
@@ -46,14 +46,12 @@ class Limits:
         items_per_task: held-out items of a task.
         train_clips_per_task: clips that the probe of a task is trained on.
         max_new_tokens: length of a reply, reasoning included; a longer one is cut, and so unparsable or wrong.
-        batch: conversations generated together.
         samples: conversations printed at the end.
     """
 
     items_per_task: int = 0
     train_clips_per_task: int = 2000
     max_new_tokens: int = 96
-    batch: int = 128
     samples: int = 6
     seed: int = 0
 
@@ -67,8 +65,13 @@ class Listener(Protocol):
     def features(self, addresses: Sequence[str]) -> dict[str, torch.Tensor | None]:
         """Encoder output `[frames, width]` of clips already encoded; None for one that could not be read."""
 
-    def reply(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str | None]:
-        """Generated text of the next assistant turn, from inside `<think>` on; None where a clip could not be read."""
+    def reply(
+        self, conversations: Sequence[Conversation], max_new_tokens: int, progress: Callable[[int], None] | None = None
+    ) -> list[str | None]:
+        """Generated text of the next assistant turn, from inside `<think>` on; None where a clip could not be read.
+
+        `progress` is called with the number of replies that have ended since the last call.
+        """
 
 
 def evaluate(run_dir: Path, data_dir: Path, out: Path, limits: Limits | None = None, whisper: Path | None = None) -> dict:
@@ -189,25 +192,17 @@ def _probe_clips(task: str, items: Sequence[Item], train: Sequence[Labelled], li
 def _generate(
     listener: Listener, groups: Mapping[str, Sequence[Item]], controls: Mapping[str, Sequence], limits: Limits
 ) -> dict[tuple[str, int, str], str | None]:
-    """Replies by (task, item, "own" or "other"); a batch holds items of one task, whose replies are of one length class."""
-    jobs = []
+    """Replies by (task, item, "own" or "other")."""
+    jobs: dict[tuple[str, int, str], Conversation] = {}
     for task, items in groups.items():
-        own = [((task, i, "own"), item.conversation) for i, item in enumerate(items)]
-        other = [
-            ((task, i, "other"), with_audio(item.conversation, clips))
-            for i, (item, clips) in enumerate(zip(items, controls[task], strict=True))
-            if clips is not None
-        ]
-        members = own + other
-        jobs += [members[start : start + limits.batch] for start in range(0, len(members), limits.batch)]
-    replies: dict[tuple[str, int, str], str | None] = {}
-    progress = Progress(sum(len(batch) for batch in jobs), "evaluate: replies")
-    for batch in jobs:
-        texts = listener.reply([conversation for _, conversation in batch], limits.max_new_tokens)
-        replies.update(zip((key for key, _ in batch), texts, strict=True))
-        progress.update(len(batch))
+        for i, (item, clips) in enumerate(zip(items, controls[task], strict=True)):
+            jobs[task, i, "own"] = item.conversation
+            if clips is not None:
+                jobs[task, i, "other"] = with_audio(item.conversation, clips)
+    progress = Progress(len(jobs), "evaluate: replies")
+    texts = listener.reply(list(jobs.values()), limits.max_new_tokens, progress=progress.update)
     progress.close()
-    return replies
+    return dict(zip(jobs, texts, strict=True))
 
 
 def _probe(listener: Listener, items: Sequence[Item], clips: Mapping[str, str]) -> list[str | None]:

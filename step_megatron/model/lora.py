@@ -34,6 +34,9 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from step_megatron.config.schema import LoRAConfig
 
+# As `torch.nn.functional.linear`: input, weight, bias.
+Linear = Callable[..., torch.Tensor]
+
 # The adapter's parameters, as peft calls them.
 A, B = "lora_A", "lora_B"
 
@@ -166,17 +169,23 @@ def adapters_off(*models: torch.nn.Module) -> Iterator[None]:
             layer.lora_enabled = True
 
 
-def local_product(layer: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def local_product(layer: torch.nn.Module, linear: Linear = F.linear) -> Callable[[torch.Tensor], torch.Tensor]:
     """`[rows, inputs here] -> [rows, outputs here]` without communication: of a row-parallel layer (without bias), what its ranks
     have to sum.
 
-    The parameters are read at each call, whether the adapter is on is read now.
+    Whether the adapter is on is read at each call; `linear` multiplies with a weight.
     """
-    product = partial(F.linear, weight=layer.weight, bias=layer.bias)
-    if not (isinstance(layer, Adapted) and layer.lora_enabled):
-        return product
-    # A sum over ranks of B (A x) is B of the sum: nothing to reduce in between.
-    return lambda x: torch.add(product(x), F.linear(F.linear(x, layer.lora_A), layer.lora_B), alpha=layer.lora_scale)
+    plain = partial(linear, weight=layer.weight, bias=layer.bias)
+    if not isinstance(layer, Adapted):
+        return plain
+
+    def adapted(x: torch.Tensor) -> torch.Tensor:
+        if not layer.lora_enabled:
+            return plain(x)
+        # A sum over ranks of B (A x) is B of the sum: nothing to reduce in between.
+        return torch.add(plain(x), linear(linear(x, layer.lora_A), layer.lora_B), alpha=layer.lora_scale)
+
+    return adapted
 
 
 def merge(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, config: LoRAConfig) -> torch.Tensor:

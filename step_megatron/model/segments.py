@@ -26,7 +26,7 @@ class PackedSegments(PackedSeqParams):
         cp_index: `[T_local]` int64, this rank's tokens in the whole micro-batch; None without context parallelism.
         cp_restore: `[T]` int64, where each token of the micro-batch lies in the rank-major gathered keys; None likewise.
         rotary: cosine and sine for `position_ids`, set by the model once per forward pass.
-        cache: the key-value cache during generation (`generation.KeyValueCache`), else None.
+        cache: the key-value cache during generation (`generation.cache.Pass`), else None.
     """
 
     segment_lengths: tuple[int, ...] = ()

@@ -11,7 +11,8 @@ from step_megatron.config import load_config
 from step_megatron.conversion.exporting import export_run
 from step_megatron.conversion.importing import import_model
 from step_megatron.conversion.sources import ConversionError
-from step_megatron.model.generation import Prompt, generate
+from step_megatron.generation.engine import Engine
+from step_megatron.generation.request import Prompt, Sampling
 from step_megatron.model.huggingface import to_huggingface
 
 BF16 = torch.bfloat16
@@ -62,7 +63,7 @@ def test_a_decoder_computes_what_transformers_computes(kind, tmp_path):
         ours, expected = model(make_batch(TOKENS, [20])), theirs(TOKENS).logits
         assert torch.equal(exported(TOKENS).logits, expected)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
-    (result,) = generate(model, [Prompt(TOKENS[0].tolist())], 24)
+    (result,) = Engine(model).generate([Prompt(TOKENS[0].tolist())], Sampling(max_new_tokens=24))
     assert result.tokens == exported.generate(TOKENS, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, 20:].tolist()
 
 
@@ -196,7 +197,7 @@ def test_qwen2_audio_hears_what_transformers_hears(tmp_path):
             ours = model(batch)
             expected = exported(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), **audio).logits
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
-        (result,) = generate(model, [Prompt(ids, places.tolist(), features, (count,))], 12)
+        (result,) = Engine(model).generate([Prompt(ids, places.tolist(), features, (count,))], Sampling(max_new_tokens=12))
         mask = torch.ones(1, len(ids), dtype=torch.long)
         text = exported.generate(
             input_ids=torch.tensor([ids]), attention_mask=mask, **audio, max_new_tokens=12, do_sample=False, pad_token_id=0

@@ -66,7 +66,8 @@ def test_it_speaks_english_before_any_training(imported, exported):
     from transformers import LlamaForCausalLM
 
     from step_megatron.model.batch import make_batch
-    from step_megatron.model.generation import Prompt, generate
+    from step_megatron.generation.engine import Engine
+    from step_megatron.generation.request import Prompt, Sampling
     from step_megatron.runtime.device import shutdown
 
     theirs = LlamaForCausalLM.from_pretrained(exported)
@@ -83,7 +84,7 @@ def test_it_speaks_english_before_any_training(imported, exported):
         start, end = tokenizer.special("<|im_start|>"), tokenizer.special("<|im_end|>")
         prompt = [start, *tokenizer.encode(f"user\n{QUESTION}"), end, *tokenizer.encode("\n")]
         prompt += [start, *tokenizer.encode("assistant\n")]
-        (result,) = generate(model, [Prompt(prompt)], 16, [end])
+        (result,) = Engine(model).generate([Prompt(prompt)], Sampling(max_new_tokens=16, stop_ids=(end,)))
         text = theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=end, pad_token_id=0)
         assert result.tokens == text[0, len(prompt) :].tolist()
         assert "Paris" in tokenizer.decode(result.tokens)

@@ -118,7 +118,7 @@ class FakeListener:
             a: None if "broken" in a else means.get(a.split("-")[0], 0) + torch.randn(6, 4, generator=noise) for a in addresses
         }
 
-    def reply(self, conversations, max_new_tokens):
+    def reply(self, conversations, max_new_tokens, progress=None):
         self.batches.append(len(conversations))
         replies = []
         for each in conversations:
@@ -147,13 +147,13 @@ def test_a_perfect_listener_is_perfect_and_the_control_is_at_zero():
     test = held_out(12) + [item("t", "sums", "4", None), item("w", "transcription", "ciao", "ciao-1.wav")]
     train = train_labels(30) + [Labelled("sums", "4", ())]
     listener = FakeListener()
-    predictions = predict(listener, test, train, Limits(batch=5))
+    predictions = predict(listener, test, train, Limits())
     results = build_results(predictions, {"language": [t.answer for t in train[:30]], "sums": ["4"]}, {})
     task = results["tasks"]["language"]
     assert (task["accuracy"], task["other_clip"], task["probe"], task["n"]) == (1.0, 0.0, 1.0, 12)
     assert results["transcription"]["cer"] == 0 and results["text_only"]["accuracy"] == 1
-    # 12 own and 12 other clips in fives; each of the other tasks has a batch of its own. No clip is asked for twice.
-    assert sorted(listener.batches) == [1, 1, 4, 5, 5, 5, 5]
+    # 12 own and 12 other clips and the other tasks, all at once: the engine sees to the batches. No clip is asked for twice.
+    assert listener.batches == [26]
     assert len(listener.encoded) == len(set(listener.encoded))
 
 

@@ -67,7 +67,8 @@ def test_ranks_cut_the_tokens_into_the_same_chunks(worker_pool):
 
 def greedy(rank: int, world_size: int, *, transformer: dict) -> tuple[list[int], torch.Tensor]:
     """Sixteen tokens and their log-probabilities; logits are near 0, so padding would take its share if it were a token."""
-    from step_megatron.model.generation import Prompt, generate
+    from step_megatron.generation.engine import Engine
+    from step_megatron.generation.request import Prompt, Sampling
     from step_megatron.runtime.device import initialize
 
     config = small_config(**transformer)
@@ -76,7 +77,7 @@ def greedy(rank: int, world_size: int, *, transformer: dict) -> tuple[list[int],
     model = model_of_twin(config, huggingface_twin(config))
     with torch.no_grad():
         model.language_model.decoder.final_layernorm.weight.fill_(0.01)
-    (result,) = generate(model, [Prompt(random_tokens(9)[0].tolist())], 16)
+    (result,) = Engine(model).generate([Prompt(random_tokens(9)[0].tolist())], Sampling(max_new_tokens=16))
     return result.tokens, torch.tensor(result.logprobs)
 
 
