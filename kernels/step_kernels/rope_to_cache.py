@@ -2,8 +2,8 @@
 
     query = rotate(q),   key_cache[slot] = rotate(k),   value_cache[slot] = v          rotate as in `rope_qk`
 
-of the product `[q..q, k, v]` of every group, as Megatron's fused layer lays it out. In torch this is some eight calls, which at one
-token a sequence take longer than what they do; the C++ kernel is one pass. Forward only: it serves generation.
+of the product `[q..q, k, v]` of every group, as Megatron's fused layer lays it out. In torch this is some eight calls, which at
+one token a sequence take longer than what they do; the C++ kernel is one pass. Forward only: it serves generation.
 
 Source: Su et al., RoFormer (arXiv:2104.09864); PagedAttention (Kwon et al. 2023) for the pages.
 """
@@ -63,7 +63,9 @@ def rope_to_cache(
     if cos.shape != (tokens, dim) or sin.shape != (tokens, dim) or slots.shape != (tokens,):
         raise ValueError(f"{OP}: cos {tuple(cos.shape)}, sin {tuple(sin.shape)}, slots {tuple(slots.shape)}: one row a token")
     if not qkv.dtype == cos.dtype == sin.dtype == key_cache.dtype == value_cache.dtype:
-        raise ValueError(f"{OP}: qkv is {qkv.dtype}, cos {cos.dtype}, sin {sin.dtype}, caches {key_cache.dtype}; cast them to one")
+        raise ValueError(
+            f"{OP}: qkv is {qkv.dtype}, cos {cos.dtype}, sin {sin.dtype}, caches {key_cache.dtype}; cast them to one"
+        )
     return _op(qkv, cos, sin, key_cache, value_cache, slots)
 
 

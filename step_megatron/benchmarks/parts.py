@@ -31,13 +31,11 @@ class Parts:
     Attributes:
         modules: part of every module whose class, or a base of it, has this name.
         functions: part of `(owner, attribute)`, a function that is looked up there at every call.
-        operators: of a part whose operators belong to several parts, the part of each operator; others belong to the rest.
         gradient_sums: the part that gets the leaves' gradients.
     """
 
     modules: Mapping[str, str]
     functions: Mapping[tuple[object, str], str]
-    operators: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     gradient_sums: str = REST
     _made_by: dict[int, str] = field(default_factory=dict)
 
@@ -87,17 +85,15 @@ class Parts:
 
     def _owner(self, event: FunctionEvent) -> tuple[str, bool]:
         """The part that an event belongs to, and whether it belongs to the backward pass."""
-        below = ""
         while event is not None:
             if event.name.startswith(_MARK):
-                name = event.name.removeprefix(_MARK)
-                return (self.operators[name].get(below, REST) if name in self.operators else name), False
+                return event.name.removeprefix(_MARK), False
             if event.name == _SUMMING:
                 return self.gradient_sums, True
             if event.name.startswith(_ENGINE):
                 numbers = [child.sequence_nr for child in event.cpu_children if child.sequence_nr >= 0]
                 return self._made_by.get(numbers[0], REST) if numbers else REST, True
-            below, event = event.name, event.cpu_parent
+            event = event.cpu_parent
         return REST, False
 
     def _watch(self, undo: ExitStack, module: torch.nn.Module, part: str) -> None:

@@ -21,15 +21,16 @@ import torch
 from step_megatron.benchmarks import train_step
 from step_megatron.benchmarks.parts import REST, Parts
 from step_megatron.config import load_config
-from step_megatron.model import audio_lm, encoder, generation, rope
-from step_megatron.model.decode_step import DecodeStep
+from step_megatron.generation import cache, decode, forward, layers, prompts
+from step_megatron.generation.engine import Engine
+from step_megatron.generation.request import Prompt, Sampling
+from step_megatron.model import audio_lm, encoder, rope
 from step_megatron.model.encoder import build_encoder
 from step_megatron.runtime.device import initialize, shutdown
 from step_megatron.runtime.flops import DecoderShape
 
 _SAMPLES, _TOKENS = 16, 1024
 _NEW_TOKENS = 32
-_DECODING = "decoding step"
 
 ENCODER, ENCODER_ATTENTION, POOL_NORM = "encoder", "encoder's attention", "pool + norm"
 CONV, ADAPTOR, MERGE, EMBEDDING = "conv + GELU", "adaptor's linears", "merge", "embedding"
@@ -52,14 +53,6 @@ _MODULES = {
     "MLP": SWIGLU,
     "OutputLayer": LOSS,
     **dict.fromkeys(("ColumnParallelLinear", "RowParallelLinear", "TELayerNormColumnParallelLinear", "TELinear"), LINEARS),
-}
-# One decoding step runs no modules (`decode_step.py`): its operators say which part they are of.
-_DECODING_OPERATORS = {
-    "aten::linear": LINEARS,
-    "aten::rms_norm": NORM,
-    **dict.fromkeys(("aten::silu", "aten::mul_"), SWIGLU),
-    **dict.fromkeys(("aten::mul", "aten::roll", "aten::addcmul", "aten::cat", "aten::neg"), ROPE),
-    **dict.fromkeys(("step::paged_attention", "aten::index_copy_", "aten::index", "aten::floor_divide"), ATTENTION),
 }
 
 
@@ -107,12 +100,19 @@ def make_parts(ours: train_step.Ours) -> Parts:
         (rope, "rope_qk"): ROPE,
         (train_step, "to_device"): BATCH,
         (ours.state.optimizer, "step"): OPTIMIZER,
-        (generation._Chooser, "__call__"): SAMPLING,
-        (DecodeStep, "__call__"): _DECODING,
+        (decode, "choose"): SAMPLING,
+        (forward.Forward, "embed"): EMBEDDING,
+        (forward.Forward, "logits"): LOSS,
+        (prompts.PromptReader, "_embed"): MERGE,
+        (layers.LeanLayers, "__call__"): LINEARS,
+        (layers, "rms_norm"): NORM,
+        (layers, "swiglu"): SWIGLU,
+        (cache, "rope_to_cache"): ROPE,
+        (cache, "paged_attention"): ATTENTION,
     }
     for chunk in ours.state.model:
         functions[chunk, "zero_grad_buffer"] = SUMS
-    return Parts(_MODULES, functions, {_DECODING: _DECODING_OPERATORS}, SUMS)
+    return Parts(_MODULES, functions, SUMS)
 
 
 @dataclass
@@ -152,8 +152,8 @@ class _Measured:
 def _passes(ours: train_step.Ours, parts: Parts) -> dict[str, tuple[Callable[[], object], int]]:
     """The passes, each with its tokens: all that an update trains on, or those of the prompts and the replies."""
     tokens = sum(sum(batch.segment_lengths) for batch in ours.micro_batches)
-    prompts = [
-        generation.Prompt(
+    asked = [
+        Prompt(
             tokens=[0] * rows + list(sample.question),
             audio_positions=range(rows),
             audio_features=clip.features,
@@ -162,11 +162,12 @@ def _passes(ours: train_step.Ours, parts: Parts) -> dict[str, tuple[Callable[[],
         for sample, clip in zip(ours.samples, ours.clips.values(), strict=True)
         for rows in [sum(map(ours.model.adaptor.tokens_out, clip.chunk_frames))]
     ]
-    made = sum(len(prompt.tokens) for prompt in prompts) + _NEW_TOKENS * len(prompts)
+    engine = Engine(ours.model)
+    made = sum(len(prompt.tokens) for prompt in asked) + _NEW_TOKENS * len(asked)
     return {
         "uncached step": (ours.train, tokens),
         "cached step": (ours.train_cached, tokens),
-        "generation": (lambda: generation.generate(ours.model, prompts, _NEW_TOKENS), made),
+        "generation": (lambda: engine.generate(asked, Sampling(max_new_tokens=_NEW_TOKENS)), made),
     }
 
 

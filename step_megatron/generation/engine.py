@@ -3,9 +3,9 @@
     engine = Engine(model, config.generation)
     generations = engine.generate(prompts, Sampling(temperature=1.0, max_new_tokens=512), samples=16)
 
-A step starts what there is room for, reads one pass of prompt chunks, and decodes one token of every running sample. Tensor-parallel
-ranks call it with the same arguments and come to the same decisions, for they see the same logits. Data-parallel ranks share
-prompts out (`data_parallel.generate`).
+A step starts what there is room for, reads one pass of prompt chunks, and decodes one token of every running sample.
+Tensor-parallel ranks call it with the same arguments and come to the same decisions, for they see the same logits. Data-parallel
+ranks share prompts out (`data_parallel.generate`).
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ class Engine:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        sampling: Sampling | Sequence[Sampling] = Sampling(),
+        sampling: Sampling | Sequence[Sampling],
         samples: int = 1,
         progress: Callable[[int], None] | None = None,
     ) -> list[Generation]:
@@ -115,7 +115,6 @@ class Engine:
             sampling = sample_seeds(sampling, range(len(prompts)), samples)
         if len(sampling) != len(prompts) * samples:
             raise ValueError(f"{len(sampling)} samplings for {len(prompts)} prompts with {samples} samples each")
-        results: list[Generation] = []
         parts = [list(sampling[i * samples : (i + 1) * samples]) for i in range(len(prompts))]
         for index, (prompt, part) in enumerate(zip(prompts, parts, strict=True)):
             self._check(prompt, part, f"prompt {index}")
@@ -190,9 +189,7 @@ class Engine:
             model, config = self.model.config, self.config
             device = self.model.rotary.cos.device
             groups = max(1, model.num_query_groups // model.tensor_model_parallel_size)
-            cache = KeyValueCache(
-                model.num_layers, self.pool.pages, _PAGE, groups, model.kv_channels, model.params_dtype, device
-            )
+            cache = KeyValueCache(model.num_layers, self.pool.pages, _PAGE, groups, model.kv_channels, model.params_dtype, device)
             block = config.invariant_rows if config.batch_invariant else 1
             rows = Rows(
                 -(-config.rows // block) * block, self.pool.needed(self._longest), _PAGE, self._forward.vocabulary, device

@@ -82,38 +82,36 @@ def choose(logits: torch.Tensor, rows: RowSettings, needs: Needs) -> tuple[torch
         policy = logits / temperature
     logprobs = policy.log_softmax(-1)
     candidates = logprobs
-    if needs.penalises:
-        penalty = rows.penalty[:, None]
-        candidates = torch.where(rows.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-        candidates = candidates / temperature if needs.draws else candidates
-    if needs.bans:
-        candidates = candidates.scatter_add(1, rows.banned, rows.ban)
     if needs.penalises or needs.bans:
-        candidates = candidates.log_softmax(-1)
+        # From the logits on, so that a row that asks for neither keeps its bits.
+        adjusted = policy
+        if needs.penalises:
+            penalty = rows.penalty[:, None]
+            adjusted = torch.where(rows.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+            adjusted = adjusted / temperature if needs.draws else adjusted
+        if needs.bans:
+            adjusted = adjusted.scatter_add(1, rows.banned, rows.ban)
+        candidates = adjusted.log_softmax(-1)
     tokens = candidates.argmax(-1)
     if needs.draws:
-        drawn = (_draw_truncated if needs.truncates else _draw)(candidates.exp(), rows)
+        probabilities = candidates.exp()
+        if needs.truncates:
+            probabilities = _truncate(probabilities, rows)
+        drawn = _invert(probabilities.cumsum(-1), uniform(rows.seeds, rows.draws))
         tokens = torch.where(rows.temperature > 0, drawn, tokens)
     tokens = torch.where(rows.forced >= 0, rows.forced, tokens)
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
 
-def _draw(probabilities: torch.Tensor, rows: RowSettings) -> torch.Tensor:
-    """The inverse of the cumulative distribution at each row's random number."""
-    return _invert(probabilities.cumsum(-1), uniform(rows.seeds, rows.draws))
-
-
-def _draw_truncated(probabilities: torch.Tensor, rows: RowSettings) -> torch.Tensor:
-    """The same among a row's most likely tokens: at most `top_k`, and those before which `top_p` is not yet reached."""
-    ordered, order = probabilities.sort(-1, descending=True, stable=True)
+def _truncate(probabilities: torch.Tensor, rows: RowSettings) -> torch.Tensor:
+    """Zero all but a row's most likely tokens: at most `top_k`, and of these the ones before which `top_p` is not yet reached."""
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     place = torch.arange(ordered.shape[-1], device=ordered.device)
     kept = (rows.top_k[:, None] == 0) | (place < rows.top_k[:, None])
-    # The nucleus is that of what top-k leaves.
-    ordered = ordered.where(kept, 0.0)
-    cumulative = ordered.cumsum(-1)
-    kept = cumulative - ordered < rows.top_p[:, None] * cumulative[:, -1:]
-    chosen = _invert(ordered.where(kept, 0.0).cumsum(-1), uniform(rows.seeds, rows.draws))
-    return order.gather(-1, chosen[:, None]).squeeze(-1)
+    cumulative = ordered.where(kept, 0.0).cumsum(-1)
+    kept &= cumulative - ordered < rows.top_p[:, None] * cumulative[:, -1:]
+    # Back in the vocabulary's order: a row that keeps all draws what it would draw among rows that cut nothing off.
+    return probabilities.where(torch.empty_like(kept).scatter_(-1, order, kept), 0.0)
 
 
 def _invert(cumulative: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

@@ -64,13 +64,14 @@ class Scheduler:
             if not self._start(self.preempted[0]):
                 return
             self.preempted.popleft()
+        promised = 0
         for group in list(self.waiting):
             while group.waiting and not (group.started and group.pages is None):
-                # Rows are kept for the other samples of prompts that are being computed.
-                promised = sum(len(g.waiting) for g in self.waiting if g.started and g is not group)
                 if self._active + promised >= self.rows or not self._start(group.waiting[0]):
                     return
                 group.waiting.popleft()
+            # Its prompt is being computed: rows are kept for the samples that wait for that.
+            promised += len(group.waiting)
             if not group.waiting:
                 self._give_up(group)
                 self.waiting.remove(group)

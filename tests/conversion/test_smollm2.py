@@ -65,9 +65,9 @@ def test_it_speaks_english_before_any_training(imported, exported):
     """Loss per token of a sentence, and the greedy answer to a question in its own chat format."""
     from transformers import LlamaForCausalLM
 
-    from step_megatron.model.batch import make_batch
     from step_megatron.generation.engine import Engine
     from step_megatron.generation.request import Prompt, Sampling
+    from step_megatron.model.batch import make_batch
     from step_megatron.runtime.device import shutdown
 
     theirs = LlamaForCausalLM.from_pretrained(exported)

@@ -1,4 +1,4 @@
-"""Rollouts against full forward passes: same tokens under the same seeds, in any batch and layout, and the trainer's log-probabilities."""
+"""Rollouts equal full forward passes under the same seeds, in any batch and layout, and the trainer's log-probabilities."""
 
 import dataclasses
 
@@ -30,9 +30,19 @@ def model(runtime):
     return model_of_twin(config, huggingface_twin(config))
 
 
-def expected(model, prompts, sampling):
-    samplings = sample_seeds(sampling, range(len(prompts)), 1)
-    return [token_by_token(model, prompt, each) for prompt, each in zip(prompts, samplings, strict=True)]
+@pytest.fixture(scope="module")
+def expected():
+    """What each sampling has to give, computed once."""
+    found = {}
+
+    def of(model, name):
+        if name not in found:
+            prompts = make_prompts()
+            samplings = sample_seeds(SAMPLINGS[name], range(len(prompts)), 1)
+            found[name] = [token_by_token(model, *each) for each in zip(prompts, samplings, strict=True)]
+        return found[name]
+
+    return of
 
 
 def same(results, wanted, tolerance=1e-5):
@@ -42,9 +52,8 @@ def same(results, wanted, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_rollouts_equal_full_forward_passes(model, name):
-    prompts, sampling = make_prompts(), SAMPLINGS[name]
-    same(Engine(model).generate(prompts, sampling), expected(model, prompts, sampling))
+def test_rollouts_equal_full_forward_passes(model, expected, name):
+    same(Engine(model).generate(make_prompts(), SAMPLINGS[name]), expected(model, name))
 
 
 def rollouts_in_layout(rank, world_size, *, transformer, shared):
@@ -82,13 +91,11 @@ def rollouts_in_layout(rank, world_size, *, transformer, shared):
     ],
     ids=["tp2", "tp2-sp", "dp2", "cp2"],
 )
-def test_rollouts_of_two_ranks_equal_full_forward_passes(model, worker_pool, transformer, shared):
-    prompts = make_prompts()
+def test_rollouts_of_two_ranks_equal_full_forward_passes(model, expected, worker_pool, transformer, shared):
     ranks = worker_pool(2).run(rollouts_in_layout, {"transformer": transformer, "shared": shared})
-    for name, sampling in SAMPLINGS.items():
-        wanted = expected(model, prompts, sampling)
+    for name in SAMPLINGS:
         for results in ranks:
-            same(results[name], wanted)
+            same(results[name], expected(model, name))
 
 
 def test_a_pipelined_model_is_refused_with_the_nearest_layout(worker_pool):
@@ -115,18 +122,18 @@ def test_rollout_and_trainer_agree_on_log_probabilities(runtime, dtype, record_p
 
 
 def in_compositions(model, **config):
-    """The same requests in batches of every kind: all together, two at a time, in small chunks, alone and in another order."""
+    """The same requests in batches of every kind: all together; two at a time, in small passes; in another order; alone."""
     prompts = make_prompts()
-    samplings = sample_seeds(WARM, range(len(prompts)), 1)
+    samplings = sample_seeds(dataclasses.replace(WARM, max_new_tokens=24), range(len(prompts)), 1)
     config |= {"prefill_chunk": 16}
     together = Engine(model, GenerationConfig(**config)).generate(prompts, samplings)
     yield together, Engine(model, GenerationConfig(**config, rows=2, prefill_tokens=16)).generate(prompts, samplings)
     yield together, Engine(model, GenerationConfig(**config)).generate(prompts[::-1], samplings[::-1])[::-1]
     alone = Engine(model, GenerationConfig(**config))
     yield together, [alone.generate([prompt], [each])[0] for prompt, each in zip(prompts, samplings, strict=True)]
-    # 11 pages of 16 for rows that grow to 50 tokens: some have to make way and start again.
-    tight = Engine(model, GenerationConfig(**config, cache_tokens=11 * 16, max_length=64))
-    yield together, tight.generate(prompts[1:2] * 3 + prompts, samplings[1:2] * 3 + samplings)[3:]
+    # Ten pages of 16 for samples that each begin with one and grow to three: some have to make way and start again.
+    tight = Engine(model, GenerationConfig(**config, cache_tokens=10 * 16))
+    yield together, tight.generate(prompts[3:4] * 4 + prompts, samplings[3:4] * 4 + samplings)[4:]
     assert tight.scheduler.preemptions, "the case did not happen"
 
 
@@ -165,9 +172,7 @@ def test_samples_of_a_prompt_share_its_pages_and_equal_separate_prompts(model, m
             engine.step()
     assert not engine.pool.used and len(adapted) == 1, "the audio is adapted once"
     separate = Engine(model).generate([prompt] * samples, samplings)
-    same(
-        [member.result for member in group.members], [(result.tokens, result.logprobs) for result in separate], tolerance=1e-6
-    )
+    same([member.result for member in group.members], [(result.tokens, result.logprobs) for result in separate], tolerance=1e-6)
     assert len({tuple(result.tokens) for result in separate}) == samples
 
 

@@ -1,9 +1,9 @@
 """Ragged prompts with audio, and the slow ways of continuing them that the engine is held against."""
 
 import torch
+from support.decoder_twins import ENCODER_WIDTH, VOCABULARY
 
 from step_megatron.generation.request import Prompt, Sampling
-from support.decoder_twins import ENCODER_WIDTH, VOCABULARY
 
 # Prompt lengths and, for some, the encoder frames of their audio chunks.
 _PROMPTS = [(5, ()), (30, (17, 8)), (9, ()), (12, (6,)), (5, ()), (40, (24,)), (1, ())]
@@ -73,7 +73,7 @@ def draw(probabilities: torch.Tensor, sampling: Sampling, number: float) -> int:
         total, nucleus = sum(weights[token] for token in order), []
         while order and sum(weights[token] for token in nucleus) < sampling.top_p * total:
             nucleus.append(order.pop(0))
-        order = nucleus
+        order = sorted(nucleus)
     target = number * sum(weights[token] for token in order)
     for token in order:
         target -= weights[token]

@@ -59,19 +59,6 @@ def test_time_goes_to_the_innermost_part_that_did_the_work():
     assert set(measured) == {*known, "clock", "sums"} and measured["sums"][0] == 0 < measured["sums"][1]
 
 
-class Work:
-    def __call__(self, a):
-        return (torch.mm(a, a)).exp_()
-
-
-def test_operators_tell_the_parts_of_what_runs_no_modules():
-    parts = Parts({}, {(Work, "__call__"): "both"}, {"both": {"aten::mm": "product", "aten::exp_": "power"}})
-    a = torch.randn(300, 300)
-    with parts.watching():
-        measured = parts.measure(lambda: Work()(a), torch.device("cpu"))
-    assert set(measured) == {"product", "power", REST} and measured["product"][0] > 0 < measured["power"][0]
-
-
 @pytest.fixture(scope="module")
 def result():
     return shares.run(Namespace(repeats=1, clips=4, preset="tiny"))
