@@ -46,8 +46,6 @@ def test_sizes_that_do_not_fit_are_named():
         rope_to_cache(qkv, cos, sin, keys, values, slots[:2])
     with pytest.raises(ValueError, match="cast them to one"):
         rope_to_cache(qkv, cos.double(), sin, keys, values, slots)
-    with pytest.raises(RuntimeError, match="slot 20 of 20"):
-        rope_to_cache(qkv, cos, sin, keys, values, slots.clone().fill_(20))
 
 
 def test_registration():
