@@ -88,21 +88,23 @@ def test_logits_and_gradients_are_pefts(runtime):
 
 
 def test_it_generates_what_its_layers_predict(runtime):
+    from step_megatron.generation.engine import Engine
+    from step_megatron.generation.request import Prompt, Sampling
     from step_megatron.model.audio_lm import build_model
     from step_megatron.model.batch import make_batch
-    from step_megatron.model.generation import Prompt, generate
 
     (model,) = build_model(adapted(small_config()))
     liven(model)
     with torch.no_grad():
         model.language_model.decoder.final_layernorm.weight.fill_(20.0)
     prompt = random_tokens(9)[0].tolist()
-    (result,) = generate(model, [Prompt(prompt)], 12)
+    engine, sampling = Engine(model), Sampling(max_new_tokens=12)
+    (result,) = engine.generate([Prompt(prompt)], sampling)
     with torch.no_grad():
         logits = model(make_batch(torch.tensor([prompt + result.tokens]), [21]))[0]
         expected = logits[8:20].argmax(-1).tolist()
         with adapters_off(model):
-            (base,) = generate(model, [Prompt(prompt)], 12)
+            (base,) = engine.generate([Prompt(prompt)], sampling)
     assert result.tokens == expected != base.tokens
 
 
