@@ -2,8 +2,8 @@
 
     query = rotate(q),   key_cache[slot] = rotate(k),   value_cache[slot] = v          rotate as in `rope_qk`
 
-of the product `[q..q, k, v]` of every group, as Megatron's fused layer lays it out. In C++ one pass rotates the queries and the key
-of every group where they lie. Forward only: it serves generation.
+of the product `[q..q, k, v]` of every group, as Megatron's fused layer lays it out. In C++ one pass rotates the queries and the
+key of every group where they lie. Forward only: it serves generation.
 
 Source: Su et al., RoFormer (arXiv:2104.09864); PagedAttention (Kwon et al. 2023) for the pages.
 """
@@ -11,6 +11,7 @@ Source: Su et al., RoFormer (arXiv:2104.09864); PagedAttention (Kwon et al. 2023
 import torch
 
 from step_kernels import native, registry
+from step_kernels.operators import operator
 from step_kernels.rope_qk import rope_qk_reference
 
 OP = "rope_to_cache"
@@ -69,7 +70,7 @@ def rope_to_cache(
     return _op(qkv, cos, sin, key_cache, value_cache, slots)
 
 
-@torch.library.custom_op("step::rope_to_cache", mutates_args=("key_cache", "value_cache"))
+@operator("step::rope_to_cache", mutates=("key_cache", "value_cache"))
 def _op(
     qkv: torch.Tensor,
     cos: torch.Tensor,

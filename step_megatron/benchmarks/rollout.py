@@ -45,7 +45,7 @@ def run(options: Namespace) -> dict:
     """Measure, print a table for every case, and return the figures.
 
     Args:
-        options: `repeats` (rounds), `clips` (prompts, None for 32), `preset`.
+        options: `repeats` (rounds), `clips` (prompts, None for 32), `preset` (None for tiny).
 
     Returns:
         `{"name", "preset", "ratio", "low", "high", "limit", "share_of_limit", "cases", ...}`: `ratio` is tokens a second over
@@ -56,7 +56,8 @@ def run(options: Namespace) -> dict:
         RuntimeError: another contestant generates other greedy tokens (then the comparison is worth nothing).
     """
     prompts = _prompts(options.clips or _PROMPTS)
-    config = load_config(None, [*OVERRIDES, f"model.preset={options.preset}"])
+    preset = options.preset or "tiny"
+    config = load_config(None, [*OVERRIDES, f"model.preset={preset}"])
     initialize(config)
     try:
         (model,) = build_model(config)
@@ -71,7 +72,7 @@ def run(options: Namespace) -> dict:
     print(f"spread: longest reply over mean {limit:.2f}; reached {spread['median'] / limit:.0%} of it")
     return {
         "name": "rollout",
-        "preset": options.preset,
+        "preset": preset,
         "ratio": spread["median"],
         "low": spread["low"],
         "high": spread["high"],
