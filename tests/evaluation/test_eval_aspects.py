@@ -62,7 +62,7 @@ class Parrot:
     def features(self, addresses):
         raise AssertionError("dialogues have no probe")
 
-    def reply(self, conversations, max_new_tokens):
+    def reply(self, conversations, max_new_tokens, progress=None):
         assert all(each.turns[-1].role == "human" for each in conversations)
         return [f"beats</think>It is {each.audio_addresses()[-1].partition('-')[0]}." for each in conversations]
 
