@@ -202,7 +202,7 @@ class TrainingConfig:
 
 @dataclass
 class GenerationConfig:
-    """The engine that generates: evaluation, chat, serving and rollouts."""
+    """The engine that generates: evaluation, chat and rollouts."""
 
     # Samples that are decoded together.
     rows: int = 64

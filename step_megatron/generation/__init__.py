@@ -13,5 +13,5 @@
     decode.py       one decoding step, a CUDA graph per batch size on a GPU
     data_parallel.py    prompts shared out over data-parallel ranks
 
-`evaluation`, `serving` and reinforcement learning use it; it uses `model`.
+`evaluation` and reinforcement learning use it; it uses `model`.
 """
