@@ -9,7 +9,7 @@ from step_megatron.benchmarks import rollout
 
 def test_all_contestants_generate_the_same_and_are_timed(monkeypatch):
     monkeypatch.setattr(rollout, "_NEW_TOKENS", 4)
-    monkeypatch.setattr(rollout, "_LONGEST", 12)
+    monkeypatch.setattr(rollout, "_LONGEST", 48)
     monkeypatch.setattr(rollout._Peer, "generate_batch", lambda self, new: {})
     result = rollout.run(Namespace(repeats=1, clips=4, preset="tiny"))
     assert set(result["cases"]) == {"greedy", "sampling", "spread"}
