@@ -268,7 +268,7 @@ def _add_bench(commands) -> None:
     parser.add_argument("--repeats", type=int, help="rounds (default: 5; of an op 15, fewer where one takes long)")
     parser.add_argument("--clips", type=int, help="clips in the sample")
     parser.add_argument("--gigabytes", type=float, help="of import: size of the checkpoint (default: 1.2)")
-    parser.add_argument("--preset", help="of shares, rollout, train-tokens and checkpoint: the model (default: tiny, of checkpoint smol-135m)")
+    parser.add_argument("--preset", help="of shares, rollout, train-tokens, checkpoint: the model (default: tiny, and smol-135m)")
     parser.add_argument("--out", type=Path, help="folder of an op's CSV and plot, or to write into (default: runs/bench)")
     parser.add_argument("--device", help="of an op (default: cuda where there is one, else cpu)")
     parser.add_argument("--choose", action="store_true", help="of attention: use the fastest backend on this device from now on")
