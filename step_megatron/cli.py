@@ -238,6 +238,9 @@ def _add_chat(commands) -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--audio", type=Path, action="append", default=[], help="audio of the first turn; may be repeated")
     parser.add_argument("--text", help="text of the first turn")
+    parser.add_argument("--serve", action="store_true", help="an OpenAI-compatible endpoint instead")
+    parser.add_argument("--port", type=int, default=8000, help="with --serve")
+    parser.add_argument("--host", default="127.0.0.1", help="with --serve; there is no key and no encryption")
 
 
 def _add_convert(commands) -> None:
@@ -447,6 +450,13 @@ def _report(options) -> None:
 
 
 def _chat(options) -> None:
+    if options.serve:
+        from step_megatron.serving.server import serve
+
+        if options.audio or options.text:
+            raise UserError("chat --serve takes its turns over HTTP: leave --audio and --text out")
+        serve(options.run, options.host, options.port)
+        return
     from step_megatron.evaluation.chat import chat
 
     chat(options.run, options.audio, options.text)

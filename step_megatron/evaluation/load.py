@@ -126,24 +126,31 @@ class TrainedRun:
             AudioError: missing, damaged, silent about its format, too short for one token, or too long.
         """
         place = parse_address(str(path), Path.cwd())
-        waveform = self._front_end.decode([place.read()], [place.name])[0]
+        self._clips[str(path)] = self.encode_bytes(place.read(), place.name)
+        return str(path)
+
+    def encode_bytes(self, data: bytes, name: str) -> EncodedClip:
+        """Encode an audio file's bytes, of any format; `name` is what an error calls it, errors as in `add_file`."""
+        waveform = self._front_end.decode([data], [name])[0]
         if isinstance(waveform, AudioError):
             raise waveform
         chunks = split_chunks(waveform.waveform)
         if not chunks:
-            raise AudioError("too-short", f"{path}: {len(waveform.waveform)} samples at 16 kHz are too short for one audio token")
+            raise AudioError("too-short", f"{name}: {len(waveform.waveform)} samples at 16 kHz are too short for one audio token")
         features = [part.to(torch.bfloat16).cpu() for part in self._encoder.encode(self._front_end.log_mel(chunks))]
-        self._clips[str(path)] = EncodedClip(torch.cat(features), tuple(len(part) for part in features))
-        return str(path)
+        return EncodedClip(torch.cat(features), tuple(len(part) for part in features))
 
     def features(self, addresses: Sequence[str]) -> dict[str, torch.Tensor | None]:
         """Encoder output `[frames, width]` bfloat16 of clips already encoded; None for one that could not be read."""
         return {a: None if self._clips[a] is None else self._clips[a].features for a in addresses}
 
-    def prompt(self, conversation: Conversation) -> Prompt:
-        """What the model reads before its next turn, earlier reasoning as in training; the clips must be encoded and readable."""
+    def prompt(self, conversation: Conversation, clips: Mapping[str, EncodedClip] | None = None) -> Prompt:
+        """What the model reads before its next turn, earlier reasoning as in training.
+
+        Its clips by their addresses; None for those that were encoded before. All must be readable.
+        """
         conversation = as_prompt(conversation, self.config.tokenizer.earlier_reasoning)
-        clips: Mapping[str, EncodedClip] = {a: self._clips[a] for a in conversation.audio_addresses()}
+        clips = self._clips if clips is None else clips
         sample = render(
             conversation,
             self.tokenizer,
