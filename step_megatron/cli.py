@@ -50,7 +50,7 @@ _OPTIONS = {
     "device": BENCHED_OPS,
     "out": (*BENCHED_OPS, "import", "checkpoint"),
     "gigabytes": ("import",),
-    "preset": ("shares", "checkpoint"),
+    "preset": ("shares", "train-tokens", "checkpoint"),
 }
 
 
