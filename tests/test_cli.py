@@ -140,7 +140,9 @@ def test_bench_passes_the_device_of_an_op_on(monkeypatch, capsys, flags, functio
 def test_bench_offers_every_op_that_has_cases():
     from step_kernels.bench import OPS
 
-    assert cli.BENCHED_OPS == tuple(OPS)
+    from step_megatron.commands import bench
+
+    assert bench.BENCHED_OPS == tuple(OPS)
 
 
 def test_a_manifest_becomes_conversations(capsys, tmp_path):

@@ -153,6 +153,6 @@ def test_a_file_is_filtered_and_every_dropped_line_is_named(tmp_path):
 
 
 def test_the_command_line_knows_every_filter():
-    from step_megatron import cli
+    from step_megatron.commands import data
 
-    assert cli.FILTERS == tuple(FILTERS)
+    assert data.FILTERS == tuple(FILTERS)
