@@ -83,7 +83,7 @@ def test_a_run_in_an_uneven_layout_is_exported_and_imported_into_another(worker_
 
 def transformer_of(config):
     """Megatron's configuration in one process."""
-    from step_megatron.evaluation.load import inference_config
+    from step_megatron.config.load import for_one_process
     from step_megatron.model.decoder import transformer_config
 
-    return transformer_config(inference_config(config))
+    return transformer_config(for_one_process(config))
