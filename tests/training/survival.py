@@ -40,7 +40,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 
 
 def settings(data: str, run_dir: str, extra: tuple[str, ...] = ()) -> list[str]:
-    """24 steps; a checkpoint every 4, a line of metrics every 3, so that lines and checkpoints do not meet."""
+    """16 steps; a checkpoint every 4, a line of metrics every 3, so that lines and checkpoints do not meet."""
     sizes = "num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 2, num_query_groups: 2"
     return [
         f"run={{dir: {run_dir}, threads: 1, seed: 3, log_interval: 3, tensorboard: true}}",
@@ -51,7 +51,7 @@ def settings(data: str, run_dir: str, extra: tuple[str, ...] = ()) -> list[str]:
         "data={tokens_per_micro_batch: 128, packing_window: 12, quarantine_limit: 0.5}",
         f"data.sources=[{{name: uneven, path: {data}/uneven.jsonl, weight: 2}}, {{name: sums, path: {data}/sums.jsonl}}]",
         f"data.validation=[{{name: held out, path: {data}/sums.jsonl}}]",
-        "training={steps: 24, micro_batches_per_step: 2, lr_warmup_steps: 2, save_interval: 4, keep_checkpoints: 2}",
+        "training={steps: 16, micro_batches_per_step: 2, lr_warmup_steps: 2, save_interval: 4, keep_checkpoints: 2}",
         "training.validation_micro_batches=2",
         f"megatron={{transformer: {{{sizes}}}, optimizer: {{lr: 1e-2, weight_decay: 0.1}}}}",
         *extra,

@@ -38,6 +38,13 @@ def test_every_layout_goes_on_to_the_same_bits(layout, worker_pool, data, tmp_pa
     assert whole[0]["hash"] != stopped[0]["hash"]
 
 
+@pytest.fixture(scope="module")
+def alone(worker_pool, data, tmp_path_factory) -> dict:
+    """What a run of one process comes to when nobody tells it anything."""
+    run_dir = tmp_path_factory.mktemp("alone")
+    return outcome(run_dir, worker_pool(1).run(run_rank, {"data": data, "run_dir": str(run_dir), "extra": SHORT}))
+
+
 @pytest.mark.parametrize(
     ("signal_in", "steps"),
     [
@@ -47,10 +54,8 @@ def test_every_layout_goes_on_to_the_same_bits(layout, worker_pool, data, tmp_pa
         (("step_megatron.training.stage", "_save", 1), 4),
     ],
 )
-def test_a_signal_at_any_time_leaves_a_run_that_goes_on(signal_in, steps, worker_pool, data, tmp_path):
-    kwargs = {"data": data, "extra": SHORT}
-    whole = worker_pool(1).run(run_rank, kwargs | {"run_dir": str(tmp_path / "whole")})
-    kwargs["run_dir"] = str(tmp_path / "stopped")
+def test_a_signal_at_any_time_leaves_a_run_that_goes_on(signal_in, steps, worker_pool, data, alone, tmp_path):
+    kwargs = {"data": data, "run_dir": str(tmp_path), "extra": SHORT}
     stopped = worker_pool(1).run(run_rank, kwargs | {"signal_in": signal_in})[0]
     assert (stopped["steps"], stopped["interrupted"]) == (steps, "SIGTERM")
-    assert outcome(tmp_path / "stopped", worker_pool(1).run(run_rank, kwargs)) == outcome(tmp_path / "whole", whole)
+    assert outcome(tmp_path, worker_pool(1).run(run_rank, kwargs)) == alone

@@ -39,7 +39,7 @@ def test_twenty_five_kills_change_nothing():
 
 
 def test_a_rank_that_hangs_is_named_with_its_function_and_all_leave(ranks, data, tmp_path):
-    extra = (*LAYOUTS["dp2-distributed-optimizer"], "training.hang_timeout_seconds=5")
+    extra = (*LAYOUTS["dp2-distributed-optimizer"], "training.hang_timeout_seconds=5", "training.steps=8")
     kwargs = {"data": data, "run_dir": str(tmp_path / "run"), "extra": extra}
     ranks.start(run_rank, kwargs | {"hold": {1: "in the plan of the loader"}})
     assert ranks.join() == [75, 75], ranks.logs()
@@ -55,7 +55,7 @@ def test_a_rank_that_hangs_is_named_with_its_function_and_all_leave(ranks, data,
 def test_a_rank_whose_interpreter_is_kept_by_c_code_is_named_by_the_others(ranks, data, tmp_path):
     kwargs = {"data": data, "run_dir": str(tmp_path / "run"), "extra": ("training.hang_timeout_seconds=5",)}
     ranks.start(run_rank, kwargs | {"hold": {1: "before an update"}, "how": "keep_interpreter"})
-    statuses = ranks.join(timeout=60)
+    statuses = ranks.join(timeout=45)
     assert statuses == [75, -9], ranks.logs()
     report = (tmp_path / "run" / "hangs" / "report.txt").read_text()
     assert "rank 1 HANGS" in report and "silent: dead, stopped, or inside C code" in report
