@@ -118,6 +118,8 @@ class Watchdog:
         if self._timeout:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._stacks = open(self._folder / f"rank_{self._rank}.txt", "a", encoding="utf-8")
+            # For a main thread that keeps the interpreter before the watching one has had it once.
+            faulthandler.dump_traceback_later(self._timeout, file=self._stacks)
             self._thread.start()
         return self
 

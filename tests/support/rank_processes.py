@@ -84,6 +84,11 @@ class RankProcesses:
                 process.join()
         return [process.exitcode for process in self._processes]
 
+    def join_one(self, rank: int, timeout: float = 120.0) -> int | None:
+        """Wait for one rank; its exit status, None if it has not left."""
+        self._processes[rank].join(timeout)
+        return self._processes[rank].exitcode
+
     def log(self, rank: int) -> Path:
         return self.folder / f"{rank}.log"
 
