@@ -59,6 +59,16 @@ def paged(tokens: int, width: int):
     )
 
 
+def rope_to_cache(tokens: int, width: int):
+    slots, turn = torch.arange(tokens).flip(0), [rows(tokens, width).detach() for _ in range(2)]
+
+    def function(qkv):
+        keys, values = (torch.zeros(3, 4, 2, width) for _ in range(2))
+        return step_kernels.rope_to_cache(qkv, *turn, keys, values, slots), keys, values
+
+    return function, [rows(tokens, 2, 4, width).detach()]
+
+
 def labelled(op, *rest):
     def make(tokens: int, width: int):
         labels = torch.arange(tokens)
@@ -93,6 +103,7 @@ CASES = {
         step_kernels.rope_qk,
         [rows(tokens, 4, width), rows(tokens, 2, width), *(rows(tokens, width).detach() for _ in range(2))],
     ),
+    "rope_to_cache": rope_to_cache,
     "swiglu": lambda tokens, width: (step_kernels.swiglu, [rows(tokens, 2 * width)]),
 }
 
