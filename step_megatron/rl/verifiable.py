@@ -20,10 +20,16 @@ _LETTER = re.compile(r"\(?([A-Za-z])(?:\)[.:]?|[.:]|\Z)(?=\s|\Z)")
 
 
 def exact(reply: str, answer: str, choices: Sequence[str]) -> float:
+    """1 where the normalised reply is the normalised answer."""
     return float(normalise_label(reply) == normalise_label(answer))
 
 
 def numeric(reply: str, answer: str, choices: Sequence[str]) -> float:
+    """1 where the last number of the reply equals the answer's.
+
+    Raises:
+        ValueError: the answer holds no number.
+    """
     found, wanted = _last_number(reply), _last_number(answer)
     if wanted is None:
         raise ValueError(f"the answer {answer!r} holds no number, which the check `numeric` needs; use another check for it")
@@ -31,6 +37,11 @@ def numeric(reply: str, answer: str, choices: Sequence[str]) -> float:
 
 
 def multiple_choice(reply: str, answer: str, choices: Sequence[str]) -> float:
+    """1 where the reply names the right one of `choices`, and no other.
+
+    Raises:
+        ValueError: the answer is none of them.
+    """
     names = [normalise_label(choice) for choice in choices]
     if normalise_label(answer) not in names:
         raise ValueError(f"the answer {answer!r} is none of the choices {list(choices)}")
@@ -38,6 +49,7 @@ def multiple_choice(reply: str, answer: str, choices: Sequence[str]) -> float:
 
 
 def word_error_rate(reply: str, answer: str, choices: Sequence[str]) -> float:
+    """One minus the reply's word error rate, not below zero."""
     wanted, said = normalise_transcript(answer).split(), normalise_transcript(reply).split()
     # A longer one scores zero anyway, and the distance takes time that grows with both lengths.
     if len(said) >= 2 * max(1, len(wanted)):
