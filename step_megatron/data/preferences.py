@@ -12,7 +12,7 @@
   from: `data`, or `sft` (a sample of the frozen model that PPO starts from).
 - `rubric` (criteria) is left out for plain preference.
 - `verdict` is seen from the response: levels above zero mean that it is the better one. `rubric` there has a level for each
-  criterion. Left out where nobody has judged yet: such records are prompts for PPO, or for labelling.
+  criterion. Left out where nobody has judged yet, for labelling.
 - `reasoning` is the judge's, and optional; without it a reward model's loss covers the verdict alone. It calls the replies
   `{response}` and `{reference}`, for either may be the first that the judge is shown.
 """
@@ -20,7 +20,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,20 +70,7 @@ def read_preferences(path: str | Path) -> list[Preference]:
     Raises:
         SchemaError: no such file, an empty one, a line that is no record, or an id that occurs twice.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise SchemaError(f"{path}: no such file; give a JSONL file of preference records")
-    records, places = [], {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                records.append(parse_preference(line, f"{path}:{number}"))
-                first = places.setdefault(records[-1].id, number)
-                if first != number:
-                    raise SchemaError(f"{path}:{number}: field `id` is {records[-1].id!r}, as in line {first}; make ids unique")
-    if not records:
-        raise SchemaError(f"{path}: the file holds no record; write one preference a line")
-    return records
+    return read_records(path, parse_preference, "preference")
 
 
 def write_preferences(path: str | Path, preferences: Iterable[Preference]) -> int:
@@ -124,6 +111,28 @@ def parse_preference(line: str | bytes, where: str) -> Preference:
     return _PreferenceChecker(where).preference(parse_json(line, where))
 
 
+def read_records(path: str | Path, parse: Callable[[bytes, str], Any], kind: str) -> list[Any]:
+    """The records of a JSONL file, in order; each has an `id` of its own. `kind` is what an error calls one.
+
+    Raises:
+        SchemaError: see `read_preferences`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SchemaError(f"{path}: no such file; give a JSONL file of {kind} records")
+    records, places = [], {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                records.append(parse(line, f"{path}:{number}"))
+                first = places.setdefault(records[-1].id, number)
+                if first != number:
+                    raise SchemaError(f"{path}:{number}: field `id` is {records[-1].id!r}, as in line {first}; make ids unique")
+    if not records:
+        raise SchemaError(f"{path}: the file holds no record; write one {kind} a line")
+    return records
+
+
 def moved(turns: Iterable[Turn], source: Path, target: Path) -> tuple[Turn, ...]:
     """The same turns, for a file in folder `target`: addresses that are relative to `source` still name the same clips."""
     prefix = os.path.relpath(source, target)
@@ -137,25 +146,13 @@ def moved(turns: Iterable[Turn], source: Path, target: Path) -> tuple[Turn, ...]
     return tuple(dataclasses.replace(turn, content=tuple(map(move, turn.content))) for turn in turns)
 
 
-class _PreferenceChecker(Checker):
-    def preference(self, record: Any) -> Preference:
-        self.keys(record, "preference", _REQUIRED, _OPTIONAL)
-        if record["reference_from"] not in REFERENCE_FROM:
-            remedy = f"write one of {', '.join(REFERENCE_FROM)}"
-            raise self.fail("reference_from", f"is {record['reference_from']!r}", remedy)
-        rubric = self.rubric(record.get("rubric"))
-        return Preference(
-            id=self.string(record["id"], "id"),
-            source=self.string(record["source"], "source"),
-            history=self.turns(record["history"], "history"),
-            response=self.string(record["response"], "response", may_be_empty=True),
-            reference=self.string(record["reference"], "reference", may_be_empty=True),
-            reference_from=record["reference_from"],
-            rubric=rubric,
-            verdict=self.verdict(record.get("verdict"), len(rubric)),
-            reasoning=self.reasoning(record.get("reasoning")),
-            meta=self.meta(record.get("meta", {})),
-        )
+class RecordChecker(Checker):
+    """What preference records and prompts of PPO have in common."""
+
+    def reference_from(self, value: Any) -> str:
+        if value not in REFERENCE_FROM:
+            raise self.fail("reference_from", f"is {value!r}", f"write one of {', '.join(REFERENCE_FROM)}")
+        return value
 
     def rubric(self, rubric: Any) -> tuple[str, ...]:
         if rubric is None:
@@ -163,6 +160,24 @@ class _PreferenceChecker(Checker):
         if not isinstance(rubric, list) or not rubric:
             raise self.fail("rubric", f"is {kind_of(rubric)}", "write a list of criteria, or leave it out for plain preference")
         return tuple(self.string(criterion, f"rubric[{i}]") for i, criterion in enumerate(rubric))
+
+
+class _PreferenceChecker(RecordChecker):
+    def preference(self, record: Any) -> Preference:
+        self.keys(record, "preference", _REQUIRED, _OPTIONAL)
+        rubric = self.rubric(record.get("rubric"))
+        return Preference(
+            id=self.string(record["id"], "id"),
+            source=self.string(record["source"], "source"),
+            history=self.turns(record["history"], "history"),
+            response=self.string(record["response"], "response", may_be_empty=True),
+            reference=self.string(record["reference"], "reference", may_be_empty=True),
+            reference_from=self.reference_from(record["reference_from"]),
+            rubric=rubric,
+            verdict=self.verdict(record.get("verdict"), len(rubric)),
+            reasoning=self.reasoning(record.get("reasoning")),
+            meta=self.meta(record.get("meta", {})),
+        )
 
     def verdict(self, verdict: Any, criteria: int) -> Verdict | None:
         if verdict is None:
