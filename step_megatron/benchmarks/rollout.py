@@ -9,36 +9,38 @@ Prompts are text of 20 to 120 tokens, in float32. Three cases:
 Contestants: ours; ours with every op of `step_kernels` in plain torch, which says what the kernels are worth; ours with
 `generation.batch_invariant`, which says what equal bits cost (both in the greedy case); transformers' `generate`, padded on the
 left, all prompts in one batch, which goes on until the longest reply has ended, so that the longest length over the mean one is
-what a static batch loses; and its continuous-batching `generate_batch`, where it runs on a CPU (in the greedy case). Runs
-alternate between the contestants, so that what else the machine does hits all of them alike; a ratio is formed within each round.
+what a static batch loses; and its continuous-batching `generate_batch` (in the greedy case), in a process of its own and with a
+cache that fits the prompts, or the reason why it gave no result. Runs alternate between the contestants, so that what else the
+machine does hits all of them alike; a ratio is formed within each round.
 """
 
+import os
 import statistics
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from step_kernels.bench.contestants import by
 
+from step_megatron.benchmarks import rollout_peer
+from step_megatron.benchmarks.rollout_peer import ContinuousBatching, Work
 from step_megatron.benchmarks.train_step import OVERRIDES
 from step_megatron.config import load_config
-from step_megatron.config.schema import Config
-from step_megatron.conversion import model_configs
-from step_megatron.conversion.provenance import History
+from step_megatron.conversion.live import write_decoder
 from step_megatron.generation.engine import Engine
 from step_megatron.generation.request import Prompt, Sampling
-from step_megatron.model import huggingface
-from step_megatron.model.audio_lm import AudioLanguageModel, build_model
+from step_megatron.model.audio_lm import build_model
 from step_megatron.runtime.device import initialize, shutdown
 
 _PROMPTS, _NEW_TOKENS, _LONGEST = 32, 64, 160
 # Sums in another order may turn a near tie: from there on a row goes its own way.
 _AGREEING = 0.9
-_OURS, _PEER = "ours", "transformers generate"
-
-Work = Callable[[], list[list[int]]]
+_OURS, _PEER, _BATCHING = "ours", "transformers generate", "transformers generate_batch"
 
 
 def run(options: Namespace) -> dict:
@@ -48,24 +50,30 @@ def run(options: Namespace) -> dict:
         options: `repeats` (rounds), `clips` (prompts, None for 32), `preset` (None for tiny).
 
     Returns:
-        `{"name", "preset", "ratio", "low", "high", "limit", "share_of_limit", "cases", ...}`: `ratio` is tokens a second over
-        `generate`'s where replies end at lengths of their own (median, lowest and highest round), `limit` what a static batch
-        loses there; `cases` holds, of every case, tokens a second of each contestant, and ours over each other.
+        `{"name", "preset", "ratio", "low", "high", "limit", "share_of_limit", "cases", "absent", ...}`: `ratio` is tokens a
+        second over `generate`'s where replies end at lengths of their own (median, lowest and highest round), `limit` what a
+        static batch loses there; `cases` holds, of every case, tokens a second of each contestant, and ours over each other;
+        `absent` says why `generate_batch` is not among them, if it is not; `load` is the machine's before and after.
 
     Raises:
         RuntimeError: another contestant generates other greedy tokens (then the comparison is worth nothing).
     """
-    prompts = _prompts(options.clips or _PROMPTS)
+    prompts, load = _prompts(options.clips or _PROMPTS), os.getloadavg()[0]
     preset = options.preset or "tiny"
     config = load_config(None, [*OVERRIDES, f"model.preset={preset}"])
     initialize(config)
-    try:
+    with ExitStack() as cleaning:
+        cleaning.callback(shutdown)
+        folder = Path(cleaning.enter_context(tempfile.TemporaryDirectory()))
         (model,) = build_model(config)
-        peer = _Peer(config, model, prompts)
-        cases = _cases(config, model, peer, prompts)
-        measured = {name: _measure(name, *case, options.repeats) for name, case in cases.items()}
-    finally:
-        shutdown()
+        write_decoder(folder, model, config)
+        cases = _Cases(prompts, lambda **settings: Engine(model, replace(config.generation, **settings)), folder)
+        absent = cases.try_batching(cleaning)
+        measured = {
+            "greedy": _measure("greedy", cases.greedy(), None, options.repeats),
+            "sampling": _measure("sampling", cases.sampling(), None, options.repeats),
+            "spread": _measure("spread", cases.spread(), _lengths(len(prompts)), options.repeats),
+        }
     lengths = _lengths(len(prompts))
     spread = measured["spread"]["ours_over"][_PEER]
     limit = max(lengths) / statistics.mean(lengths)
@@ -79,9 +87,10 @@ def run(options: Namespace) -> dict:
         "limit": limit,
         "share_of_limit": spread["median"] / limit,
         "cases": measured,
-        "absent": peer.absent,
+        "absent": absent,
         "prompts": len(prompts),
         "threads": torch.get_num_threads(),
+        "load": (load, os.getloadavg()[0]),
     }
 
 
@@ -97,80 +106,57 @@ def _lengths(count: int) -> list[int]:
     return [min(int(length), _LONGEST) for length in (3.7 + 0.8 * normal).exp().clamp(min=4).tolist()]
 
 
-def _cases(
-    config: Config, model: AudioLanguageModel, peer: "_Peer", prompts: Sequence[list[int]]
-) -> dict[str, tuple[dict[str, Work], list[int] | None]]:
-    """Of every case: its contestants, and the lengths at which replies end (None: as long as they are)."""
+class _Cases:
+    """The contestants of every case.
 
-    def ours(lengths: list[int], temperature: float = 0.0, **settings) -> Work:
-        engine = Engine(model, replace(config.generation, **settings))
-        samplings = [Sampling(temperature, seed=i, max_new_tokens=length) for i, length in enumerate(lengths)]
-        return lambda: [each.tokens for each in engine.generate([Prompt(tokens) for tokens in prompts], samplings)]
+    Args:
+        prompts: token ids.
+        engine: makes one of ours, with settings of `generation`.
+        folder: of the peers' weights, which are ours.
+    """
 
-    equal, spread = [_NEW_TOKENS] * len(prompts), _lengths(len(prompts))
-    greedy = {
-        _OURS: ours(equal),
-        "plain torch ops": by("torch", ours(equal)),
-        "batch invariant": ours(equal, batch_invariant=True),
-        _PEER: peer.generate(_NEW_TOKENS),
-        **peer.generate_batch(_NEW_TOKENS),
-    }
-    sampling = {_OURS: ours(equal, 1.0), _PEER: peer.generate(_NEW_TOKENS, sample=True)}
-    return {
-        "greedy": (greedy, None),
-        "sampling": (sampling, None),
-        "spread": ({_OURS: ours(spread), _PEER: peer.generate(max(spread))}, spread),
-    }
+    def __init__(self, prompts: Sequence[list[int]], engine: Callable[..., Engine], folder: Path):
+        self.prompts, self._engine, self._folder = prompts, engine, folder
+        self._peer = rollout_peer.load(folder)
+        self._batching: dict[str, Work] = {}
 
-
-class _Peer:
-    """transformers' decoder with our weights; `absent` says why a contestant does not run."""
-
-    def __init__(self, config: Config, model: AudioLanguageModel, prompts: Sequence[list[int]]):
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        layout = "qwen2" if model.config.add_qkv_bias else "llama"
-        tree = model_configs.build(config, layout, History("bench"))
-        shape = AutoConfig.for_model(**tree, bos_token_id=None, eos_token_id=None, pad_token_id=0)
-        self.model = AutoModelForCausalLM.from_config(shape).eval()
-        tied = config.model.tie_embeddings
-        weights = huggingface.to_huggingface(huggingface.gather([model.language_model]), model.config, tied=tied)
-        missing = self.model.load_state_dict(weights, strict=not tied)
-        if set(missing.missing_keys) - {"lm_head.weight"} or missing.unexpected_keys:
-            raise RuntimeError(f"the peer does not take our weights: {missing}")
-        self.prompts, self.absent = list(prompts), {}
-
-    def generate(self, new: int, sample: bool = False) -> Work:
-        """All prompts in one batch, padded on the left."""
-        longest = max(map(len, self.prompts))
-        ids = torch.tensor([[0] * (longest - len(tokens)) + tokens for tokens in self.prompts])
-        mask = torch.tensor([[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in self.prompts])
-        settings = {"max_new_tokens": new, "do_sample": sample, "eos_token_id": None, "pad_token_id": 0}
-        if sample:
-            settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        return lambda: self.model.generate(ids, attention_mask=mask, **settings)[:, longest:].tolist()
-
-    def generate_batch(self, new: int) -> dict[str, Work]:
-        """Continuous batching, if this machine's build of it runs."""
-        from transformers import GenerationConfig
-
-        settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
-
-        def work() -> list[list[int]]:
-            outputs = self.model.generate_batch(inputs=self.prompts, generation_config=settings, progress_bar=False)
-            if len(outputs) != len(self.prompts):
-                raise RuntimeError(f"{len(outputs)} of {len(self.prompts)} prompts were answered")
-            by_prompt = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
-            return [by_prompt[tuple(tokens)] for tokens in self.prompts]
-
-        name = "transformers generate_batch"
+    def try_batching(self, cleaning: ExitStack) -> dict[str, str]:
+        """Ask continuous batching once: it takes part if it answers; else why it does not."""
+        work = ContinuousBatching(self._folder, self.prompts, _NEW_TOKENS)
+        cleaning.callback(work.close)
         try:
             work()
-        except Exception as error:  # whatever it meets on a machine without a GPU
-            self.absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            print(f"{name} does not run here: {self.absent[name]}")
-            return {}
-        return {name: work}
+        except (TimeoutError, RuntimeError) as error:
+            print(f"{_BATCHING}: {error}")
+            return {_BATCHING: str(error)}
+        self._batching = {_BATCHING: work}
+        return {}
+
+    def greedy(self) -> dict[str, Work]:
+        """Replies of equal length, and what of ours is worth what."""
+        lengths = [_NEW_TOKENS] * len(self.prompts)
+        return {
+            _OURS: self._ours(lengths),
+            "plain torch ops": by("torch", self._ours(lengths)),
+            "batch invariant": self._ours(lengths, batch_invariant=True),
+            _PEER: rollout_peer.generate(self._peer, self.prompts, _NEW_TOKENS),
+            **self._batching,
+        }
+
+    def sampling(self) -> dict[str, Work]:
+        """Replies of equal length, sampled."""
+        peer = rollout_peer.generate(self._peer, self.prompts, _NEW_TOKENS, sample=True)
+        return {_OURS: self._ours([_NEW_TOKENS] * len(self.prompts), 1.0), _PEER: peer}
+
+    def spread(self) -> dict[str, Work]:
+        """Replies that end at `_lengths`."""
+        lengths = _lengths(len(self.prompts))
+        return {_OURS: self._ours(lengths), _PEER: rollout_peer.generate(self._peer, self.prompts, max(lengths))}
+
+    def _ours(self, lengths: list[int], temperature: float = 0.0, **settings) -> Work:
+        engine = self._engine(**settings)
+        samplings = [Sampling(temperature, seed=i, max_new_tokens=length) for i, length in enumerate(lengths)]
+        return lambda: [each.tokens for each in engine.generate([Prompt(tokens) for tokens in self.prompts], samplings)]
 
 
 def _measure(case: str, contestants: dict[str, Work], lengths: list[int] | None, repeats: int) -> dict:
