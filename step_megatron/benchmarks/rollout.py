@@ -6,12 +6,11 @@ Prompts are text of 20 to 120 tokens, in float32. Three cases:
     sampling    the same, from the untruncated distribution at temperature 1
     spread      greedy; replies end at lengths of their own, as a real policy's do, and what goes on beyond an end does not count
 
-Contestants: ours; ours with every op of `step_kernels` in plain torch, which says what the kernels are worth; ours with
-`generation.batch_invariant`, which says what equal bits cost (both in the greedy case); transformers' `generate`, padded on the
-left, all prompts in one batch, which goes on until the longest reply has ended, so that the longest length over the mean one is
-what a static batch loses; and its continuous-batching `generate_batch` (in the greedy case), in a process of its own and with a
-cache that fits the prompts, or the reason why it gave no result. Runs alternate between the contestants, so that what else the
-machine does hits all of them alike; a ratio is formed within each round.
+Contestants: ours; ours with `generation.batch_invariant`, which says what equal bits cost (in the greedy case); transformers'
+`generate`, padded on the left, all prompts in one batch, which goes on until the longest reply has ended, so that the longest
+length over the mean one is what a static batch loses; and its continuous-batching `generate_batch` (in the greedy case), in a
+process of its own and with a cache that fits the prompts, or the reason why it gave no result. Runs alternate between the
+contestants, so that what else the machine does hits all of them alike; a ratio is formed within each round.
 """
 
 import os
@@ -25,7 +24,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from step_kernels.bench.contestants import by
 
 from step_megatron.benchmarks import rollout_peer
 from step_megatron.benchmarks.rollout_peer import ContinuousBatching, Work
@@ -133,11 +131,10 @@ class _Cases:
         return {}
 
     def greedy(self) -> dict[str, Work]:
-        """Replies of equal length, and what of ours is worth what."""
+        """Replies of equal length, and what equal bits cost."""
         lengths = [_NEW_TOKENS] * len(self.prompts)
         return {
             _OURS: self._ours(lengths),
-            "plain torch ops": by("torch", self._ours(lengths)),
             "batch invariant": self._ours(lengths, batch_invariant=True),
             _PEER: rollout_peer.generate(self._peer, self.prompts, _NEW_TOKENS),
             **self._batching,

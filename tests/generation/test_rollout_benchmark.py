@@ -15,9 +15,7 @@ def test_all_contestants_generate_the_same_and_are_timed(monkeypatch):
     monkeypatch.setattr(rollout, "ContinuousBatching", _NeverAnswering)
     result = rollout.run(Namespace(repeats=1, clips=4, preset="tiny"))
     assert set(result["cases"]) == {"greedy", "sampling", "spread"}
-    assert set(result["cases"]["greedy"]["tokens_per_second"]) == {
-        "ours", "plain torch ops", "batch invariant", "transformers generate"
-    }  # fmt: skip
+    assert set(result["cases"]["greedy"]["tokens_per_second"]) == {"ours", "batch invariant", "transformers generate"}
     assert min(result["cases"][name]["agreeing"] for name in ("greedy", "spread")) >= rollout._AGREEING
     assert result["low"] <= result["ratio"] <= result["high"] and result["limit"] > 1
     assert result["absent"] == {"transformers generate_batch": "no result within 0.1 s"}
