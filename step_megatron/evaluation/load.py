@@ -172,19 +172,23 @@ class TrainedRun:
         conversations: Sequence[Conversation],
         max_new_tokens: int,
         temperature: float = 0.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         progress: Callable[[int], None] | None = None,
     ) -> list[str | None]:
         """Text of the next assistant turn of every conversation, from inside `<think>` on.
 
         None where a clip could not be read. Under a template whose prompt does not open `<think>`, a reply that does not think is
-        returned with `</think>` in front, so that all replies read alike. `progress` is called with the number of replies that
-        have ended since the last call.
+        returned with `</think>` in front, so that all replies read alike. `seed` is one for all, of which every conversation gets
+        its own by its index, or one for each. `progress` is called with how many replies have ended since the last call.
         """
         readable = [i for i, c in enumerate(conversations) if all(self._clips[a] is not None for a in c.audio_addresses())]
         prompts = [self.prompt(conversations[i]) for i in readable]
         replies: list[str | None] = [None] * len(conversations)
-        sampling = Sampling(temperature, seed=seed, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids)
+        sampling = Sampling(temperature, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids)
+        if isinstance(seed, int):
+            sampling = dataclasses.replace(sampling, seed=seed)
+        else:
+            sampling = [dataclasses.replace(sampling, seed=seed[i]) for i in readable]
         for i, generation in zip(readable, self.engine.generate(prompts, sampling, progress=progress), strict=True):
             replies[i] = self.text(generation)
         return replies

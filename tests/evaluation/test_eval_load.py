@@ -60,7 +60,10 @@ def test_reply_depends_on_the_clip_and_not_on_companions(trained):
         run.encode([address for each in asked for address in each.audio_addresses()])
         together = run.reply(asked, max_new_tokens=6)
         alone = [run.reply([each], max_new_tokens=6)[0] for each in asked]
-    assert together == alone
+        seeds = list(range(len(asked)))
+        drawn = run.reply(asked, 6, temperature=1.0, seed=seeds)
+        drawn_alone = [run.reply([each], 6, temperature=1.0, seed=[seed])[0] for each, seed in zip(asked, seeds, strict=True)]
+    assert together == alone and drawn == drawn_alone != together
     assert together[-1] is None and None not in together[:-1]
     assert len(set(together)) > 1
 

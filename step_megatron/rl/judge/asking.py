@@ -14,9 +14,7 @@ from step_megatron.rl.judge.local import ModelJudge
 from step_megatron.rl.judge.records import write_judgments
 from step_megatron.rl.judge.server import ServerJudge
 from step_megatron.rl.preference_data import pair_of
-
-# Prompts that a run completes at once.
-_BATCH = 32
+from step_megatron.runtime.progress import Progress
 
 
 def ask(preferences: Path, out: Path, config: Config, run: Path | None = None, listens: bool = False) -> dict[str, float]:
@@ -51,8 +49,5 @@ def _judge(preferences: Path, config: Config, judge: Judge) -> list[Judgment]:
 def _complete(trained: TrainedRun, config: Config, prompts, seeds) -> list[str | None]:
     """`local.Generate` by a trained run."""
     trained.encode([address for prompt in prompts for address in prompt.audio_addresses()])
-    texts = []
-    for start in range(0, len(prompts), _BATCH):
-        batch = prompts[start : start + _BATCH]
-        texts += trained.reply(batch, config.rl.judge.max_tokens, config.rl.judge.temperature, seeds[start])
-    return texts
+    with Progress(len(prompts), "judge", "answers") as bar:
+        return trained.reply(prompts, config.rl.judge.max_tokens, config.rl.judge.temperature, seeds, bar.update)
