@@ -4,6 +4,7 @@ A checkpoint holds the model, the optimizer (moments and step count), the schedu
 position and the step. Its folder is the matter of `checkpoint.directory`, writing it of `checkpoint.saving`.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from step_megatron.checkpoint import seal
 from step_megatron.checkpoint.directory import CheckpointError
-from step_megatron.runtime import megatron_checkpoint, megatron_reading, seeds
+from step_megatron.runtime import megatron_optimizer, megatron_reading, seeds
 from step_megatron.runtime.agreement import Ranks
 from step_megatron.runtime.progress import get_logger
 
@@ -29,6 +30,7 @@ LAYOUT = {
     "singleton_local_shards": False,
     "non_homogeneous_layers": True,
 }
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 def training_state(
@@ -39,7 +41,7 @@ def training_state(
     return {
         **weights,
         "optimizer": _optimizer_state(optimizer, weights, LAYOUT, is_loading=False),
-        "updates": megatron_checkpoint.updates(optimizer),
+        "updates": megatron_optimizer.updates(optimizer),
         "scheduler": scheduler.state_dict(),
         "random": _random_shard(seeds.rng_state()),
         "ranks": torch.distributed.get_world_size(),
@@ -75,12 +77,13 @@ def load_checkpoint(
             f"{directory}: holds weights alone, so no run can go on from it; start a new one from it with model.weights, in a "
             "run.dir of its own"
         )
+    check_layers(directory, model[0])
     same_ranks = common["ranks"] == torch.distributed.get_world_size()
     if same_ranks:
         state["random"] = _random_shard(None)
     loaded = load_state(state, directory)
     _load_weights(model, loaded)
-    megatron_checkpoint.load_optimizer_state(optimizer, loaded["optimizer"], loaded["updates"])
+    megatron_optimizer.load_optimizer_state(optimizer, loaded["optimizer"], loaded["updates"])
     scheduler.load_state_dict(loaded["scheduler"])
     if same_ranks:
         seeds.load_rng_state(loaded["random"])
@@ -107,6 +110,7 @@ def load_model_weights(
     """
     check_whole(directory)
     chunks = model if isinstance(model, list) else [model]
+    check_layers(directory, chunks[0])
     state = model_state(chunks, layout_of(directory))
     if without is not None:
         state = {part: {name: item for name, item in tensors.items() if not without(name)} for part, tensors in state.items()}
@@ -121,6 +125,25 @@ def check_whole(directory: str | Path) -> None:
     """
     if problems := seal.verify(Path(directory), Ranks()):
         raise CheckpointError(damage(directory, problems))
+
+
+def check_layers(directory: str | Path, model: torch.nn.Module) -> None:
+    """Refuse a checkpoint of another depth: Megatron's `load` reads what it is asked for, and would leave the other layers out.
+
+    Args:
+        model: any chunk of the model.
+
+    Raises:
+        CheckpointError: says both numbers of layers.
+    """
+    saved = {int(number) for name in saved_names(directory) for number in _LAYER.findall(name)}
+    wanted = unwrap(model).config.num_layers
+    # Stacked layers (older checkpoints) have no numbers: there the shapes tell.
+    if saved and len(saved) != wanted:
+        raise CheckpointError(
+            f"{directory}: holds {len(saved)} layers, the model has {wanted}; take megatron.transformer.num_layers from the "
+            "config.yaml of its run"
+        )
 
 
 def damage(directory: str | Path, problems: list[str]) -> str:
@@ -145,7 +168,7 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 def _optimizer_state(optimizer: Any, weights: dict[str, Any], layout: dict[str, Any], is_loading: bool) -> dict[str, Any]:
     """Sharded state of the optimizer; the moments take their sharding from the weights, so they move between layouts."""
-    megatron_checkpoint.prepare_state(optimizer)
+    megatron_optimizer.prepare_state(optimizer)
     return optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_metadata(layout))
 
 

@@ -92,6 +92,7 @@ class WeightsReader:
 
     def __init__(self, directory: Path, model: torch.nn.Module):
         distributed.check_whole(directory)
+        distributed.check_layers(directory, model)
         self._directory, self._places = directory, {}
         self.tensors: dict[str, TensorInfo] = {}
         described = _described(model, distributed.layout_of(directory))

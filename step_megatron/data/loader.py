@@ -325,7 +325,6 @@ def _padding(config: Config) -> Padding:
     return Padding.for_layout(
         tp=transformer.get("tensor_model_parallel_size", 1),
         cp=transformer.get("context_parallel_size", 1),
-        vpp=transformer.get("virtual_pipeline_model_parallel_size") or 1,
         sequence_parallel=transformer.get("sequence_parallel", False),
         budget=config.data.tokens_per_micro_batch,
     )

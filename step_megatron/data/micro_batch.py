@@ -5,8 +5,8 @@ Segment `i` is `tokens[0, cu_seqlens[i]:cu_seqlens[i + 1]]`. Position `t` predic
 nothing, so no segment predicts its neighbour.
 
 Padding exists only where a communication shape needs it: each segment is filled up to a multiple of `segment_multiple`, and the
-row up to a multiple of `row_multiple` (or to `pad_to`), which lengthens the last segment. Padding follows a segment's tokens, so
-that causal attention never sees it, and it is never a target.
+row up to a multiple of `row_multiple`, which lengthens the last segment. Padding follows a segment's tokens, so that causal
+attention never sees it, and it is never a target.
 """
 
 import dataclasses
@@ -66,21 +66,16 @@ class Padding:
     Attributes:
         segment_multiple: 2 x context-parallel size: every rank holds two pieces of each segment.
         row_multiple: what the row's length is a multiple of; a multiple of `segment_multiple`.
-        pad_to: fixed length of every row, or 0.
     """
 
     segment_multiple: int = 1
     row_multiple: int = 1
-    pad_to: int = 0
 
     @classmethod
-    def for_layout(cls, tp: int, cp: int, vpp: int, sequence_parallel: bool, budget: int) -> "Padding":
+    def for_layout(cls, tp: int, cp: int, sequence_parallel: bool, budget: int) -> "Padding":
         """Padding for a parallel layout and a budget of tokens.
 
-        Context parallelism cuts segments in 2 x cp pieces; sequence parallelism cuts a rank's tokens in tp pieces. With virtual
-        pipeline stages (`vpp` > 1) all micro-batches get one shape: the budget, rounded down. Megatron's interleaved schedule
-        takes unequal ones with the messages that are its default here (overlapping, one by one; the parity tests do so on gloo),
-        and goes wrong with batched ones.
+        Context parallelism cuts segments in 2 x cp pieces; sequence parallelism cuts a rank's tokens in tp pieces.
 
         Raises:
             ValueError: the budget holds not even one unit of padding.
@@ -89,7 +84,7 @@ class Padding:
         row = segment * (tp if sequence_parallel else 1)
         if budget < row:
             raise ValueError(f"data.tokens_per_micro_batch is {budget}; this parallel layout needs at least {row}: raise it")
-        return cls(segment, row, budget // row * row if vpp > 1 else 0)
+        return cls(segment, row)
 
 
 def assemble(
@@ -107,15 +102,13 @@ def assemble(
         pad_id: the token that fills padding; not `<audio_patch>`.
 
     Raises:
-        ValueError: no sample, or more tokens than `padding.pad_to`.
+        ValueError: no sample.
     """
     if not samples:
         raise ValueError("a micro-batch needs at least one sample")
     lengths = [round_up(len(sample.input_ids), padding.segment_multiple) for sample in samples]
-    total = padding.pad_to or round_up(sum(lengths), padding.row_multiple)
+    total = round_up(sum(lengths), padding.row_multiple)
     lengths[-1] += total - sum(lengths)
-    if lengths[-1] < len(samples[-1].input_ids):
-        raise ValueError(f"{sum(len(sample.input_ids) for sample in samples)} tokens do not fit into a row of {total}")
     starts = np.concatenate([[0], np.cumsum(lengths)])
     tokens, labels = np.full(total, pad_id, np.int64), np.full(total, pad_id, np.int64)
     loss_mask, positions = np.zeros(total, np.float32), np.empty(total, np.int64)

@@ -18,7 +18,7 @@ from megatron.core.transformer import TransformerConfig
 from step_megatron.config.load import ConfigError
 from step_megatron.config.passthrough import build_section
 from step_megatron.config.schema import MegatronConfig
-from step_megatron.runtime.megatron_checkpoint import optimizer_parts
+from step_megatron.runtime.megatron_optimizer import optimizer_parts
 
 # Settings that both of Megatron's dataclasses declare and that must agree: either section may set them.
 SHARED_FIELDS = ("use_distributed_optimizer", "overlap_param_gather")

@@ -136,8 +136,16 @@ def test_a_pointer_to_a_checkpoint_that_is_gone_is_named(tmp_path):
         latest_checkpoint(tmp_path)
 
 
-def test_a_checkpoint_of_another_model_is_refused(worker_pool, saved_by_tp2_pp2):
+@pytest.mark.parametrize(
+    ("transformer", "message"),
+    [
+        ({"ffn_hidden_size": 128}, "does not fit this model"),
+        ({"num_layers": 3}, "holds 4 layers, the model has 3"),
+        ({"num_layers": 5}, "holds 4 layers, the model has 5"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(transformer, message, worker_pool, saved_by_tp2_pp2):
     run_dir, _ = saved_by_tp2_pp2
-    kwargs = {"transformer": {"ffn_hidden_size": 128}, "directory": str(latest_checkpoint(run_dir))}
-    with pytest.raises(AssertionError, match="does not fit this model"):
+    kwargs = {"transformer": transformer, "directory": str(latest_checkpoint(run_dir))}
+    with pytest.raises(AssertionError, match=message):
         worker_pool(1).run(load_weights, kwargs)

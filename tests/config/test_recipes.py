@@ -90,7 +90,7 @@ def test_recipe_fits_the_model_and_the_machine(name):
     replicas = GPUS // (tp * pp * cp)
     assert config.training.micro_batches_per_step % replicas == 0
     assert config.training.micro_batches_per_step // replicas >= 2 * pp or pp == 1, "a pipeline needs micro-batches"
-    padding = Padding.for_layout(tp, cp, 1, transformer.sequence_parallel, tokens)
+    padding = Padding.for_layout(tp, cp, transformer.sequence_parallel, tokens)
     assert tokens % padding.row_multiple == 0
     assert config.training.lr_warmup_steps + config.training.wsd_decay_steps < config.training.steps
     stages = {"first": (0, pp - 1), "last": (GPUS - 1, 0)} if pp > 1 else {"whole": (0, 0)}

@@ -31,7 +31,7 @@ def samples(draw, name="x"):
     return TokenizedSample(name, "s", np.array(ids, np.int32), np.array(mask, np.uint8), tuple(spans))
 
 
-paddings = st.sampled_from([Padding(), Padding(4, 4), Padding(1, 8), Padding(8, 16), Padding(4, 8, 4096)])
+paddings = st.sampled_from([Padding(), Padding(4, 4), Padding(1, 8), Padding(8, 16)])
 packs = st.lists(samples(), min_size=1, max_size=4)
 
 
@@ -46,7 +46,7 @@ def test_segments_are_the_samples_in_order(made, padding):
     total = batch.tokens.shape[1]
     assert edges[0] == 0 and edges[-1] == total and tuple(np.diff(edges)) == batch.segment_lengths
     assert all(length % padding.segment_multiple == 0 for length in batch.segment_lengths)
-    assert total % padding.row_multiple == 0 and (not padding.pad_to or total == padding.pad_to)
+    assert total % padding.row_multiple == 0
     for sample, start, end in zip(made, edges[:-1], edges[1:], strict=True):
         row = batch.tokens[0, start:end].tolist()
         assert row == sample.input_ids.tolist() + [PAD] * (end - start - len(sample.input_ids))
@@ -61,8 +61,7 @@ def test_padding_is_the_least_that_the_shapes_allow(made, padding):
     lengths = [len(sample.input_ids) for sample in made]
     for length, filled in zip(lengths[:-1], batch.segment_lengths[:-1], strict=True):
         assert filled - length < padding.segment_multiple
-    if not padding.pad_to:
-        assert batch.segment_lengths[-1] - lengths[-1] < padding.segment_multiple + padding.row_multiple
+    assert batch.segment_lengths[-1] - lengths[-1] < padding.segment_multiple + padding.row_multiple
 
 
 @given(packs, paddings)
@@ -137,13 +136,11 @@ def test_dropping_does_not_change_the_batch_it_was_given():
 @pytest.mark.parametrize(
     ("layout", "expected"),
     [
-        (dict(tp=1, cp=1, vpp=1, sequence_parallel=False), Padding(1, 1, 0)),
-        (dict(tp=4, cp=1, vpp=1, sequence_parallel=False), Padding(1, 1, 0)),
-        (dict(tp=4, cp=1, vpp=1, sequence_parallel=True), Padding(1, 4, 0)),
-        (dict(tp=1, cp=2, vpp=1, sequence_parallel=False), Padding(4, 4, 0)),
-        (dict(tp=2, cp=2, vpp=1, sequence_parallel=True), Padding(4, 8, 0)),
-        (dict(tp=2, cp=2, vpp=2, sequence_parallel=True), Padding(4, 8, 1000)),
-        (dict(tp=1, cp=1, vpp=2, sequence_parallel=False), Padding(1, 1, 1001)),
+        (dict(tp=1, cp=1, sequence_parallel=False), Padding(1, 1)),
+        (dict(tp=4, cp=1, sequence_parallel=False), Padding(1, 1)),
+        (dict(tp=4, cp=1, sequence_parallel=True), Padding(1, 4)),
+        (dict(tp=1, cp=2, sequence_parallel=False), Padding(4, 4)),
+        (dict(tp=2, cp=2, sequence_parallel=True), Padding(4, 8)),
     ],
 )
 def test_padding_of_a_layout(layout, expected):
@@ -154,11 +151,8 @@ def test_padding_of_a_layout(layout, expected):
     assert padding.row_multiple % (layout["cp"] * (layout["tp"] if layout["sequence_parallel"] else 1)) == 0
 
 
-def test_what_does_not_fit_is_refused():
-    sample = TokenizedSample("x", "s", np.arange(9, dtype=np.int32), np.zeros(9, np.uint8), ())
-    with pytest.raises(ValueError, match="18 tokens do not fit into a row of 16"):
-        pack([sample, sample], Padding(1, 1, 16))
+def test_what_cannot_be_packed_is_refused():
     with pytest.raises(ValueError, match="at least one sample"):
         pack([])
     with pytest.raises(ValueError, match="tokens_per_micro_batch is 7; this parallel layout needs at least 8"):
-        Padding.for_layout(tp=2, cp=2, vpp=1, sequence_parallel=True, budget=7)
+        Padding.for_layout(tp=2, cp=2, sequence_parallel=True, budget=7)

@@ -109,7 +109,7 @@ def state_hash(trainer, with_random: bool = True) -> str:
     import torch
 
     from step_megatron.runtime import seeds
-    from step_megatron.runtime.megatron_checkpoint import optimizer_parts
+    from step_megatron.runtime.megatron_optimizer import optimizer_parts
     from step_megatron.training.optimizer import settled_parameters
 
     digest = hashlib.sha256()

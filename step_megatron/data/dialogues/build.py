@@ -6,6 +6,9 @@
 
 Every dialogue is tagged with its aspect and carries in `meta.checks` what each of its replies must be. The builder holds its own
 replies against these checks, and its dialogues against the filters, before it writes them.
+
+What is held out are texts, voices and recordings, not wordings: the splits ask in the same words, for a model that starts from
+nothing knows no others, and its compact vocabulary has none.
 """
 
 import json
