@@ -59,6 +59,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         if settings[name]:
             raise ValueError(f"megatron.transformer.{name}={settings[name]}: dropout is not supported; set it to 0")
     megatron_release.check_recomputation(settings)
+    megatron_release.check_interleaving(settings)
     heads, groups = settings["num_attention_heads"], settings.get("num_query_groups") or settings["num_attention_heads"]
     if heads % groups:
         raise ValueError(f"megatron.transformer.num_query_groups={groups} does not divide num_attention_heads={heads}")

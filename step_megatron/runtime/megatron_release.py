@@ -66,7 +66,7 @@ def transformer_defaults(settings: dict[str, Any], on_cpu: bool) -> dict[str, An
         "calculate_per_token_loss": True,
     }
     if settings.get("virtual_pipeline_model_parallel_size"):
-        # What the interleaved schedule was measured to work with on gloo: overlapping messages, sent one by one.
+        # Overlapping messages are sent one by one; see `check_interleaving`.
         defaults |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if on_cpu:
         defaults |= _CPU_TRANSFORMER
@@ -83,6 +83,23 @@ def check_recomputation(settings: dict[str, Any]) -> None:
         raise ValueError(
             f"megatron.transformer.recompute_modules: Megatron-Core {TESTED_RELEASE} recomputes layernorm with Transformer "
             "Engine only, which is not installed; use core_attn, mlp, or recompute_granularity=full"
+        )
+
+
+def check_interleaving(settings: dict[str, Any]) -> None:
+    """Refuse virtual stages on a pipeline of two without overlapping messages.
+
+    Its stages are each other's next and previous one. Messages that are sent in one batch then arrive in each other's place:
+    an activation of another micro-batch, which nothing notices when the two have the same length.
+
+    Raises:
+        ValueError: names the key.
+    """
+    virtual = settings.get("virtual_pipeline_model_parallel_size")
+    if virtual and settings.get("pipeline_model_parallel_size") == 2 and not settings.get("overlap_p2p_comm"):
+        raise ValueError(
+            "megatron.transformer.overlap_p2p_comm=false: with virtual stages two pipeline stages mix up messages that do not "
+            "overlap; set it to true (and batch_p2p_comm to false), or use more stages"
         )
 
 

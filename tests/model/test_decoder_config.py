@@ -41,6 +41,13 @@ def test_what_megatron_recomputes_with_transformer_engine_only_is_refused():
         transformer_config(small_config(recompute_granularity="selective", recompute_modules=["layernorm"]))
 
 
+def test_messages_that_two_interleaved_stages_would_mix_up_are_refused():
+    two = {"num_layers": 4, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    assert transformer_config(small_config(**two)).overlap_p2p_comm
+    with pytest.raises(ValueError, match="overlap_p2p_comm=false: with virtual stages two pipeline stages mix up messages"):
+        transformer_config(small_config(**two, overlap_p2p_comm=False, batch_p2p_comm=True))
+
+
 def test_a_vocabulary_that_leaves_a_rank_nothing_is_refused(runtime):
     from step_megatron.model.decoder import build_decoder
 
