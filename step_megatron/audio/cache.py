@@ -57,6 +57,10 @@ class EncodedClip:
     chunk_frames: tuple[int, ...]
     failure: str | None = None
 
+    def chunk(self, number: int) -> torch.Tensor:
+        """Features of one chunk, `[its frames, width]`."""
+        return self.features.narrow(0, sum(self.chunk_frames[:number]), self.chunk_frames[number])
+
 
 @dataclass(frozen=True)
 class _Record:

@@ -37,7 +37,7 @@ from step_megatron.model.encoder import AudioEncoder, build_encoder
 from step_megatron.runtime.device import Runtime, initialize, shutdown
 from step_megatron.runtime.flops import DecoderShape, adaptor_work, decoder_work, encoder_work
 from step_megatron.training.batch import TrainingBatch, to_device
-from step_megatron.training.loop import run_schedule
+from step_megatron.training.loop import run_schedule, supervised_loss
 from step_megatron.training.state import build_state
 
 _SAMPLES = 64
@@ -166,7 +166,7 @@ class Ours:
         return [to_device(b, clips, (_GROUP,), self.config.encoder.width, self.runtime) for b in self.micro_batches]
 
     def _loss(self, batches: list[TrainingBatch], forward_only: bool = False) -> float:
-        reports = run_schedule(self.state.model, batches, 1, forward_only)
+        reports = run_schedule(self.state.model, batches, supervised_loss(1), forward_only)
         loss, tokens = sum(report["sums"][0] for report in reports).tolist()
         return loss / tokens
 

@@ -31,7 +31,7 @@ from step_megatron.data.template import TokenizedSample
 from step_megatron.runtime.device import Runtime, initialize, shutdown
 from step_megatron.runtime.flops import DecoderShape, decoder_work
 from step_megatron.training.batch import to_device
-from step_megatron.training.loop import run_schedule
+from step_megatron.training.loop import run_schedule, supervised_loss
 from step_megatron.training.state import build_state
 
 _CONVERSATIONS = 32
@@ -137,7 +137,7 @@ class Ours:
         for chunk in state.model:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
-        (report,) = run_schedule(state.model, [batch], 1)
+        (report,) = run_schedule(state.model, [batch], supervised_loss(1))
         state.scheduler.step(1)
         state.optimizer.step()
         seconds = clock.read()

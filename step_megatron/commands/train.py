@@ -17,6 +17,8 @@ def add_train(commands) -> None:
     with_config(parser)
     parser = command(train, "reward", _train_reward, "the generative reward model, on what `data from-preferences` wrote")
     with_config(parser)
+    parser = command(train, "ppo", _train_ppo, "reinforcement learning from a judge's, or verifiable, rewards (PPO)")
+    with_config(parser)
     text = "run the batch of a step that was out of order again; under torchrun for a replica of several processes"
     parser = command(train, "replay", _train_replay, text)
     parser.add_argument("folder", type=Path, metavar="RUN/anomalies/...")
@@ -65,6 +67,12 @@ def _train_reward(options) -> int:
     from step_megatron.training.reward import train_reward
 
     return _trained(train_reward(config_of(options)))
+
+
+def _train_ppo(options) -> int:
+    from step_megatron.rl.run import run_ppo
+
+    return _trained(run_ppo(config_of(options)))
 
 
 def _trained(summary: dict) -> int:

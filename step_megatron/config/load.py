@@ -132,8 +132,8 @@ def with_absolute_paths(config: Config) -> Config:
     """A copy whose files and folders are named from the root, so that it means the same in any working directory."""
     config = copy.deepcopy(config)
     named = [(config.run, "dir"), (config.tokenizer, "path"), (config.data, "index"), (config.audio, "cache_dir")]
-    named += [(source, "path") for source in (*config.data.sources, *config.data.validation)]
-    named.append((config.model, "weights"))
+    named += [(source, "path") for source in (*config.data.sources, *config.data.validation, *config.rl.prompts)]
+    named += [(config.model, "weights"), (config.rl.judge, "run")]
     if config.encoder.weights != "random":
         named.append((config.encoder, "weights"))
     for section, name in named:

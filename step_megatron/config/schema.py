@@ -307,6 +307,8 @@ class JudgeConfig:
     temperature: float = 0.6
     # Of the judge's reasoning and verdict.
     max_tokens: int = 2048
+    # PPO: run of a reward model that judges in this process, on the devices of the policy; empty asks the server.
+    run: str = ""
     server: JudgeServerConfig = field(default_factory=JudgeServerConfig)
 
 
@@ -327,9 +329,72 @@ class RewardConfig:
 
 
 @dataclass
+class RolloutConfig:
+    """What an iteration of PPO generates. The policy is the untruncated distribution at this temperature, everywhere."""
+
+    # Prompts of an iteration, and samples of each.
+    prompts: int = 64
+    samples: int = 16
+    temperature: float = 1.0
+    # Drawing from less than the whole distribution makes every importance ratio a biased one: see the metric `rollout/ratio`.
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 1024
+    # Reasoning of so many tokens is ended by force (those tokens are not trained); 0: never.
+    reasoning_tokens: int = 0
+    # The policy sees the criteria of a rubric too, as a system turn (equations 4 and 5 may be read so).
+    shows_rubric: bool = False
+
+
+@dataclass
+class CriticConfig:
+    """The value network of PPO; it begins as the policy, with a head of its own."""
+
+    # `separate`: a model of its own. `shared`: a second head on the policy's trunk, at half the work; another algorithm.
+    kind: Literal["separate", "shared"] = "separate"
+    # Its learning rate over the policy's (2.5e-6 beside 1e-6 in Step-Audio 2).
+    lr_factor: float = 2.5
+    # `shared`: what its loss counts for beside the policy's.
+    coefficient: float = 0.1
+
+
+@dataclass
+class CurriculumConfig:
+    """Prompts by pass rate: what always or never passes teaches nothing (Step-Audio-R1 takes 3 to 6 of 8)."""
+
+    # A prompt whose samples passed more rarely or more often than this rests.
+    low: float = 0.0
+    high: float = 1.0
+    # Iterations that it rests before it is tried again.
+    rest: int = 20
+    # A sample passes from this reward on (of its verifiable reward, or else of its judgment).
+    threshold: float = 0.5
+
+
+@dataclass
+class ColocationConfig:
+    """Policy, critic, reference and judge on the same devices."""
+
+    # Keep on the device what a phase needs, and the rest in pinned host memory; `auto` does so on a GPU.
+    offload: Literal["auto", "on", "off"] = "auto"
+    # Judge what is finished while the rest is being generated: a server's answers are waited for meanwhile.
+    overlap_judge: bool = True
+
+
+@dataclass
 class RLConfig:
     """Reinforcement learning from judgments (3.3 of the report)."""
 
+    # Files of prompts (`data/rl_prompts.py`), mixed by weight in numbers of prompts.
+    prompts: list[SourceConfig] = field(default_factory=list)
+    iterations: int = 100
+    # Passes over an iteration's samples, and optimizer steps of a pass.
+    epochs: int = 1
+    mini_batches: int = 1
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    colocation: ColocationConfig = field(default_factory=ColocationConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     rewards: list[RewardConfig] = field(

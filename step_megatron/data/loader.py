@@ -13,9 +13,9 @@ from typing import Any
 
 from step_kernels.packing import balance_evenly
 
-from step_megatron.audio.geometry import ChunkFrames, chunk_frames, chunk_lengths
 from step_megatron.config.schema import Config
 from step_megatron.data.aspects import LossGroup
+from step_megatron.data.clip_lengths import ClipLengths
 from step_megatron.data.filters import FILTERS, first_reason
 from step_megatron.data.micro_batch import MicroBatch, Padding, assemble, drop_failed
 from step_megatron.data.mixture import Mixture, Source
@@ -100,14 +100,15 @@ class MixtureLoader:
         self.bins_per_step = getattr(config.training, bins_key)
         if self.bins_per_step < 1 or self.bins_per_step % dp_size:
             raise DataError(f"training.{bins_key} is {self.bins_per_step}; make it a multiple of {dp_size} data-parallel ranks")
-        self.tokenizer, self.index, self.dp_rank, self.dp_size = tokenizer, index, dp_rank, dp_size
-        self.template, self.adaptor, self.pin = config.tokenizer.template, config.adaptor, pin_memory
+        self.tokenizer, self.dp_rank, self.dp_size = tokenizer, dp_rank, dp_size
+        self.template, self.pin = config.tokenizer.template, pin_memory
+        self.clips = ClipLengths(index, config.adaptor)
         self.window_size, self.seed = max(1, config.data.packing_window), config.run.seed
-        self.padding = _padding(config)
+        self.padding = layout_padding(config)
         self.budget = config.data.tokens_per_micro_batch // self.padding.row_multiple * self.padding.row_multiple
         self.max_positions = config.model.max_positions
         self.break_even = _break_even(config.megatron.transformer)
-        has_tokens = None if index is None else self._has_tokens
+        has_tokens = None if index is None else self.clips.has_tokens
         turns = {"train_turns": config.data.train_turns, "earlier_reasoning": config.tokenizer.earlier_reasoning}
         self.sources = TrainingSources(
             configured,
@@ -128,7 +129,7 @@ class MixtureLoader:
             "sources": [{"name": name} | self.sources.digests(i) for i, name in enumerate(self.source_names)],
             "tokenizer": tokenizer.fingerprint(),
             "template": self.template,
-            "adaptor": self.adaptor.kind,
+            "adaptor": config.adaptor.kind,
             **turns,
         }
         self._window = 0
@@ -160,28 +161,9 @@ class MixtureLoader:
         self.load_state_dict(start)
         return max(1, steps)
 
-    def clip_tokens(self, address: str) -> list[int]:
-        """Placeholders of every chunk of an indexed clip.
-
-        Raises:
-            KeyError: the clip is not in the index.
-        """
-        return [frames.tokens for frames in self.clip_frames(address)]
-
-    def clip_frames(self, address: str) -> list[ChunkFrames]:
-        """Lengths of every chunk of an indexed clip; raises as `clip_tokens`."""
-        kind, compat = self.adaptor.kind, self.adaptor.compat
-        return [chunk_frames(samples, kind, compat) for samples in chunk_lengths(self.index[address].num_samples)]
-
-    def _has_tokens(self, address: str) -> bool:
-        try:
-            return bool(self.clip_frames(address))
-        except KeyError:
-            return False
-
     def _assemble(self, items: list[_Drawn]) -> MicroBatch:
         groups = [LossGroup(self.source_names[item.source], item.sample.aspect) for item in items]
-        batch = assemble([item.sample for item in items], groups, self.clip_frames, self.padding, self.tokenizer.pad_id)
+        batch = assemble([item.sample for item in items], groups, self.clips.frames, self.padding, self.tokenizer.pad_id)
         return batch.pin_memory() if self.pin else batch
 
     def _plan(self) -> float:
@@ -216,7 +198,7 @@ class MixtureLoader:
         )
 
     def _render(self, source: int, index: int) -> TokenizedSample:
-        return render(self.sources.conversation(source, index), self.tokenizer, self.clip_tokens, self.template)
+        return render(self.sources.conversation(source, index), self.tokenizer, self.clips.tokens, self.template)
 
     def _length(self, sample: TokenizedSample) -> int:
         return round_up(len(sample.input_ids), self.padding.segment_multiple)
@@ -319,7 +301,7 @@ def _known_filters(names: list[str]) -> list[str]:
     return names
 
 
-def _padding(config: Config) -> Padding:
+def layout_padding(config: Config) -> Padding:
     """What the parallel layout needs, from Megatron's own settings."""
     transformer = config.megatron.transformer
     return Padding.for_layout(

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from step_megatron.data.schema import Audio, Checker, SchemaError, Turn, kind_of, parse_json, turn_records, write_lines
+from step_megatron.data.template import THINK_END
 
 REFERENCE_FROM = ("data", "sft")
 _REQUIRED = {"id", "source", "history", "response", "reference", "reference_from"}
 _OPTIONAL = {"meta", "rubric", "verdict", "reasoning"}
-_THINK_END = "</think>"
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,8 @@ class _PreferenceChecker(RecordChecker):
         if reasoning is None:
             return None
         self.string(reasoning, "reasoning")
-        if _THINK_END in reasoning:
-            raise self.fail("reasoning", f"holds {_THINK_END}", "leave the mark out: the template writes it")
+        if THINK_END in reasoning:
+            raise self.fail("reasoning", f"holds {THINK_END}", "leave the mark out: the template writes it")
         if re.search(r"\breply [12]\b", reasoning, re.IGNORECASE):
             raise self.fail("reasoning", "numbers the replies", "write {response} and {reference}: either may be shown first")
         return reasoning

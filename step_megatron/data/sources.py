@@ -63,10 +63,7 @@ class TrainingSources:
         self._quarantine = Path(quarantine) if quarantine and rank() == 0 else None
         self._written = _samples_in(self._quarantine)
         self._said: set[str] = set()
-        self._index_dir = None
-        if index_path:
-            path = os.path.abspath(index_path)
-            self._index_dir = path if os.path.isdir(path) else os.path.dirname(path)
+        self._index_dir = folder_of_index(index_path)
         self._files = [ConversationFile(source.path) for source in sources]
         known: dict[str, bool] = {}
         self._aspects: list[set[str]] = [set() for _ in sources]
@@ -193,6 +190,14 @@ def _samples_in(path: Path | None) -> set[tuple[str, str]]:
         if "id" in entry:
             names.add((entry["source"], entry["id"]))
     return names
+
+
+def folder_of_index(path: str | Path | None) -> str | None:
+    """The folder that an index's addresses start from; None without an index."""
+    if not path:
+        return None
+    path = os.path.abspath(path)
+    return path if os.path.isdir(path) else os.path.dirname(path)
 
 
 def located(conversation: Conversation, path: str | Path, index_dir: str | Path | None) -> Conversation:

@@ -25,6 +25,9 @@ from step_megatron.data.aspects import aspect_of
 from step_megatron.data.schema import ROLES, Audio, Conversation, Turn
 from step_megatron.data.tokenizer import Tokenizer
 
+# The marks around reasoning; both are special tokens.
+THINK_START, THINK_END = "<think>", "</think>"
+
 
 class TemplateError(ValueError):
     """A conversation cannot be rendered; the message names it and the remedy."""
@@ -205,7 +208,7 @@ class _Builder:
         """What generation is given of an assistant turn."""
         self.header("assistant")
         if self.template.prompt_thinks:
-            self.special("<think>")
+            self.special(THINK_START)
             self.text("\n")
 
     def turn(self, turn: Turn) -> None:
@@ -229,10 +232,10 @@ class _Builder:
         thinking = content and turn.train != "content"
         if turn.reasoning or self.template.prompt_thinks:
             if not self.template.prompt_thinks:
-                self.special("<think>", thinking)
+                self.special(THINK_START, thinking)
                 self.text("\n", thinking)
             self.text(f"{turn.reasoning or ''}\n", thinking)
-            self.special("</think>", thinking)
+            self.special(THINK_END, thinking)
             self.text(self.template.after_thinking, thinking)
         self.text(turn.text, content)
         self.special(self.template.close, content)

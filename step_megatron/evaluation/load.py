@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from step_megatron.audio.address import parse_address
@@ -24,12 +23,10 @@ from step_megatron.checkpoint.distributed import load_model_weights
 from step_megatron.config.load import for_one_process, load_config
 from step_megatron.config.schema import Config
 from step_megatron.data.schema import Conversation
-from step_megatron.data.template import TEMPLATES, render
 from step_megatron.data.tokenizer import Tokenizer
-from step_megatron.data.turns import as_prompt
-from step_megatron.evaluation.scoring import THINK_END, THINK_START
 from step_megatron.generation.engine import Engine
-from step_megatron.generation.request import Generation, Prompt, Sampling
+from step_megatron.generation.rendering import Rendering, prompt_of
+from step_megatron.generation.request import Prompt, Sampling
 from step_megatron.model.audio_lm import AudioLanguageModel, build_model
 from step_megatron.model.encoder import AudioEncoder, build_encoder
 from step_megatron.runtime.device import Runtime, initialize, shutdown
@@ -91,7 +88,7 @@ class TrainedRun:
         data_dir: Path | None,
     ):
         self.config, self.tokenizer, self.model = config, tokenizer, model
-        self.engine = Engine(model, config.generation)
+        self.engine, self.rendering = Engine(model, config.generation), Rendering(tokenizer, config.tokenizer)
         self._encoder, self._front_end, self._audio, self._data_dir = encoder, front_end, audio, data_dir
         self._clips: dict[str, EncodedClip | None] = {}
 
@@ -149,23 +146,12 @@ class TrainedRun:
 
         Its clips by their addresses; None for those that were encoded before. All must be readable.
         """
-        conversation = as_prompt(conversation, self.config.tokenizer.earlier_reasoning)
-        clips = self._clips if clips is None else clips
-        sample = render(
-            conversation,
-            self.tokenizer,
-            lambda address: [self.model.adaptor.tokens_out(frames) for frames in clips[address].chunk_frames],
-            self.config.tokenizer.template,
-            generation=True,
-        )
-        positions = [np.arange(span.start, span.start + span.tokens) for span in sample.audio]
-        heard = [clips[address] for address in conversation.audio_addresses()]
-        return Prompt(
-            tokens=sample.input_ids,
-            audio_positions=np.concatenate([np.empty(0, np.int64), *positions]),
-            audio_features=torch.cat([clip.features for clip in heard]) if heard else None,
-            encoder_frames=tuple(frames for clip in heard for frames in clip.chunk_frames),
-        )
+        clips, tokens_out = self._clips if clips is None else clips, self.model.adaptor.tokens_out
+
+        def clip_tokens(address: str) -> list[int]:
+            return [tokens_out(frames) for frames in clips[address].chunk_frames]
+
+        return prompt_of(self.rendering.sample(conversation, clip_tokens), clips)
 
     def reply(
         self,
@@ -175,40 +161,22 @@ class TrainedRun:
         seed: int | Sequence[int] = 0,
         progress: Callable[[int], None] | None = None,
     ) -> list[str | None]:
-        """Text of the next assistant turn of every conversation, from inside `<think>` on.
+        """Text of the next assistant turn of every conversation, as `Rendering.text`; None where a clip could not be read.
 
-        None where a clip could not be read. Under a template whose prompt does not open `<think>`, a reply that does not think is
-        returned with `</think>` in front, so that all replies read alike. `seed` is one for all, of which every conversation gets
-        its own by its index, or one for each. `progress` is called with how many replies have ended since the last call.
+        `seed` is one for all, of which every conversation gets its own by its index, or one for each. `progress` is called with how
+        many replies have ended since the last call.
         """
         readable = [i for i, c in enumerate(conversations) if all(self._clips[a] is not None for a in c.audio_addresses())]
         prompts = [self.prompt(conversations[i]) for i in readable]
         replies: list[str | None] = [None] * len(conversations)
-        sampling = Sampling(temperature, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids)
+        sampling = Sampling(temperature, max_new_tokens=max_new_tokens, stop_ids=self.rendering.stop_ids)
         if isinstance(seed, int):
             sampling = dataclasses.replace(sampling, seed=seed)
         else:
             sampling = [dataclasses.replace(sampling, seed=seed[i]) for i in readable]
         for i, generation in zip(readable, self.engine.generate(prompts, sampling, progress=progress), strict=True):
-            replies[i] = self.text(generation)
+            replies[i] = self.rendering.text(generation)
         return replies
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a reply."""
-        return self.tokenizer.special(TEMPLATES[self.config.tokenizer.template].close), self.tokenizer.pad_id
-
-    def text(self, generation: Generation) -> str:
-        """What was generated, from inside `<think>` on, without the id that ended it; see `reply`."""
-        ids = generation.tokens[:-1] if generation.finish_reason == "stop" else generation.tokens
-        return _from_inside_thinking(self.tokenizer.decode(ids), TEMPLATES[self.config.tokenizer.template].prompt_thinks)
-
-
-def _from_inside_thinking(text: str, prompt_thinks: bool) -> str:
-    if prompt_thinks:
-        return text
-    opened = text.lstrip()
-    return opened.removeprefix(THINK_START) if opened.startswith(THINK_START) else THINK_END + text
 
 
 def _read_config(run_dir: Path) -> Config:

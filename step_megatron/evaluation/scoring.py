@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-THINK_START, THINK_END = "<think>", "</think>"
+from step_megatron.data.template import THINK_END, THINK_START
+
 # End-of-turn and similar marks that a decoder may leave in the text: `<|EOT|>`, `<|endoftext|>`.
 SPECIAL_MARK = re.compile(r"<\|[^|<>]*\|>")
 

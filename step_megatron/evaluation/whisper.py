@@ -16,8 +16,8 @@ from step_megatron.audio.address import parse_address
 from step_megatron.audio.errors import AudioError
 from step_megatron.audio.front_end import LogMelFrontEnd
 from step_megatron.audio.geometry import SAMPLE_RATE
+from step_megatron.data.template import THINK_END
 from step_megatron.evaluation.results import transcription_rates
-from step_megatron.evaluation.scoring import THINK_END
 from step_megatron.evaluation.tasks import TRANSCRIPTION, Item
 from step_megatron.model.whisper import CTranslate2File, from_ctranslate2, huggingface_name
 from step_megatron.runtime.progress import Progress

@@ -42,6 +42,7 @@ class Engine:
 
     Attributes:
         weight_version: of the weights that the model holds now; every sample carries it.
+        longest: prompt and sample together may have so many tokens.
 
     Raises:
         ValueError: a pipelined model, or settings that do not fit it.
@@ -54,7 +55,7 @@ class Engine:
         self._positions = model.rotary.cos.shape[0]
         longest = min(self.config.max_length or self._positions, self._positions)
         pages = min(self.config.rows * -(-longest // _PAGE), -(-self.config.cache_tokens // _PAGE))
-        self._longest = min(longest, pages * _PAGE)
+        self.longest = min(longest, pages * _PAGE)
         # One more than anybody can have: where rows that fill up a batch write.
         self.pool = PagePool(pages + 1, _PAGE)
         invariant = self.config.batch_invariant
@@ -191,9 +192,7 @@ class Engine:
             groups = max(1, model.num_query_groups // model.tensor_model_parallel_size)
             cache = KeyValueCache(model.num_layers, self.pool.pages, _PAGE, groups, model.kv_channels, model.params_dtype, device)
             block = config.invariant_rows if config.batch_invariant else 1
-            rows = Rows(
-                -(-config.rows // block) * block, self.pool.needed(self._longest), _PAGE, self._forward.vocabulary, device
-            )
+            rows = Rows(-(-config.rows // block) * block, self.pool.needed(self.longest), _PAGE, self._forward.vocabulary, device)
             decoder = Decoder(self._forward, rows, cache, config.rows, config.cuda_graphs and device.type == "cuda", block)
             self._device_side = cache, PromptReader(self._forward, cache, _PAGE, device), decoder
         return self._device_side
@@ -216,9 +215,9 @@ class Engine:
                 f"{name} has {tokens} tokens; with max_new_tokens={most} it can outgrow model.max_positions={self._positions}: "
                 "shorten it, or allow fewer new tokens"
             )
-        if tokens + most - 1 > self._longest:
+        if tokens + most - 1 > self.longest:
             raise ValueError(
-                f"{name} has {tokens} tokens; with max_new_tokens={most} it can outgrow the cache's {self._longest}: allow fewer "
+                f"{name} has {tokens} tokens; with max_new_tokens={most} it can outgrow the cache's {self.longest}: allow fewer "
                 "new tokens, or raise generation.cache_tokens (and generation.max_length where it is set)"
             )
         if self.for_policy and any(sampling.repetition_penalty != 1 for sampling in samplings):

@@ -99,7 +99,7 @@ class Generation:
         tokens: generated ids, the stop token included.
         logprobs: log-probability of each token under the policy (see `Sampling`).
         finish_reason: `stop` (a stop token), `length` (as many as allowed), or `cancelled`.
-        forced: how many of the tokens the reasoning budget put there.
+        forced: how many of the tokens the reasoning budget put there, from `forced_from` on.
         weight_version: the version of the weights that generated it (`Engine.weight_version`).
     """
 
@@ -107,4 +107,5 @@ class Generation:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason = "length"
     forced: int = 0
+    forced_from: int = 0
     weight_version: int = 0

@@ -102,6 +102,8 @@ class Sequence:
         if self._closing:
             self._closing.popleft()
             self._reasoning_ended = not self._closing
+            if not result.forced:
+                result.forced_from = len(result.tokens) - 1
             result.forced += 1
         elif token in sampling.stop_ids:
             return "stop"

@@ -7,6 +7,7 @@ with the batch (`ModelBatch.audio_features`).
 """
 
 import dataclasses
+from typing import Literal
 
 import torch
 from megatron.core import parallel_state
@@ -20,14 +21,18 @@ from step_kernels.merge_audio import check_audio_counts
 from step_megatron.config.schema import Config
 from step_megatron.model import lora, weights
 from step_megatron.model.adaptor import AudioAdaptor
-from step_megatron.model.batch import ModelBatch
+from step_megatron.model.batch import ModelBatch, TokenScores
 from step_megatron.model.decoder import build_decoder, transformer_config
 from step_megatron.model.output_layer import OutputLayer
 from step_megatron.model.rope import RotaryTable
 from step_megatron.model.segments import PackedSegments
+from step_megatron.model.value_head import ValueHead
 from step_megatron.runtime import seeds
 
 __all__ = ["AudioLanguageModel", "ModelBatch", "build_model"]
+
+# What the last stage ends in: logits, the critic's value, or both on one trunk.
+Head = Literal["language", "value", "both"]
 
 
 class AudioLanguageModel(MegatronModule):
@@ -37,12 +42,16 @@ class AudioLanguageModel(MegatronModule):
         config: the run's configuration.
         transformer: from `transformer_config(config)`; all chunks of a rank share one object.
         vp_stage: virtual pipeline chunk, None without virtual stages.
+        head: what the last stage ends in.
     """
 
-    def __init__(self, config: Config, transformer: TransformerConfig, vp_stage: int | None = None):
+    def __init__(self, config: Config, transformer: TransformerConfig, vp_stage: int | None = None, head: Head = "language"):
         super().__init__(config=transformer)
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = vp_stage
+        if head == "value":
+            # There is no output layer to share the embeddings with.
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, tie_embeddings=False))
         self.language_model = build_decoder(config, transformer, vp_stage)
         weights.initialize(self.language_model, config.run.seed, config.model.vocabulary_size)
         if config.model.lora.rank:
@@ -57,7 +66,12 @@ class AudioLanguageModel(MegatronModule):
         self._predicted: torch.Tensor | None = None
         if self.post_process:
             self.language_model.decoder.register_forward_hook(self._select_predicted)
-            OutputLayer.adopt(self.language_model.output_layer, config.model.vocabulary_size)
+            self.value_head = None if head == "language" else ValueHead(transformer.hidden_size, device)
+            if head == "value":
+                # As many weights as the embeddings, and nothing reads them; Megatron writes them only of a stage that has them.
+                self.language_model.output_layer, self.language_model.post_process = None, False
+            else:
+                OutputLayer.adopt(self.language_model.output_layer, config.model.vocabulary_size)
         if self.pre_process:
             self.adaptor = draw_adaptor(config, transformer.hidden_size)
             self.adaptor.to(device=device, dtype=transformer.params_dtype)
@@ -70,12 +84,13 @@ class AudioLanguageModel(MegatronModule):
         """The tied weight of this stage, whose gradient Megatron sums over the first and the last stage."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def forward(self, batch: ModelBatch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: ModelBatch) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Run this stage.
 
         Returns:
             Last stage with labels: the loss of every token, `[1, T_local]`, or of those in `batch.predicted`, `[1, n]`, float32;
-            with `batch.loss_weights` their weighted sum, through which alone gradients then flow, and the losses.
+            with `batch.loss_weights` their weighted sum, through which alone gradients then flow, and the losses; with
+            `batch.temperature` `TokenScores`.
             Last stage without labels: logits, `[1, T_local, vocabulary / tp]`. Other stages: activations,
             `[T_local (/ tp with sequence parallelism), 1, width]`.
         """
@@ -120,8 +135,17 @@ class AudioLanguageModel(MegatronModule):
     def _losses(self, batch: ModelBatch, decoder_input: torch.Tensor | None, packed: PackedSegments):
         """Layers and output layer of the last stage, as `GPTModel.forward` runs them, labels going to the output layer."""
         hidden = self.language_model.decoder(hidden_states=decoder_input, attention_mask=None, packed_seq_params=packed)
+        output_layer = self.language_model.output_layer
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.language_model.output_layer(hidden, weight=tied, labels=batch.labels, token_weights=batch.loss_weights)
+        if batch.temperature is None:
+            return output_layer(hidden, weight=tied, labels=batch.labels, token_weights=batch.loss_weights)
+        log_probs = entropy = values = hidden.new_empty(0, dtype=torch.float32)
+        if output_layer is not None:
+            asked = {"temperature": batch.temperature, "with_entropy": batch.with_entropy}
+            log_probs, entropy = output_layer(hidden, weight=tied, labels=batch.labels, **asked)
+        if self.value_head is not None:
+            values = self.value_head(hidden.squeeze(1))
+        return TokenScores(log_probs, entropy, values)
 
     def _select_predicted(self, decoder: torch.nn.Module, inputs: tuple, hidden: torch.Tensor) -> torch.Tensor:
         """Forward hook of the last stage's layers: keep the rows that go through the output layer, whole on every rank."""
@@ -148,12 +172,15 @@ def draw_adaptor(config: Config, out_width: int) -> AudioAdaptor:
         return AudioAdaptor(config.encoder, config.adaptor, out_width)
 
 
-def build_model(config: Config, transformer: TransformerConfig | None = None) -> list[AudioLanguageModel]:
+def build_model(
+    config: Config, transformer: TransformerConfig | None = None, head: Head = "language"
+) -> list[AudioLanguageModel]:
     """This rank's part of the model: one module, or one per virtual pipeline chunk, in order; weights drawn, nothing wrapped.
 
     Args:
         config: the run's configuration; `runtime.initialize(config)` has been called.
         transformer: Megatron's configuration, default `transformer_config(config)`.
+        head: what the last stage ends in.
 
     Raises:
         ValueError: see `decoder.transformer_config` and `decoder.build_decoder`.
@@ -161,4 +188,4 @@ def build_model(config: Config, transformer: TransformerConfig | None = None) ->
     transformer = transformer or transformer_config(config)
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     stages = [None] if chunks is None else range(chunks)
-    return [AudioLanguageModel(config, transformer, stage) for stage in stages]
+    return [AudioLanguageModel(config, transformer, stage, head) for stage in stages]

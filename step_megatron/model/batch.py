@@ -1,6 +1,7 @@
 """What the audio language model reads of one packed micro-batch."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +27,9 @@ class ModelBatch:
             output layer and the loss, a quarter of a small model, see these alone. None for all tokens.
         loss_weights: float, the shape of `labels`: what each loss counts for in the sum that is trained on (the loss mask).
             Known beforehand, it lets the output layer form its gradients in the forward pass. None for losses with gradients.
+        temperature: with `labels` and without `loss_weights`, ask for what reinforcement learning needs of every predicted token
+            (`TokenScores`): log-probability and entropy of the softmax of the logits over this temperature. None for losses.
+        with_entropy: whether the entropies are wanted; they cost another pass over the vocabulary.
     """
 
     tokens: torch.Tensor
@@ -39,6 +43,22 @@ class ModelBatch:
     predicted: torch.Tensor | None = None
     loss_weights: torch.Tensor | None = None
     encoder_starts: torch.Tensor | None = None
+    temperature: float | None = None
+    with_entropy: bool = False
+
+
+class TokenScores(NamedTuple):
+    """What policy and critic say of predicted tokens, `[n]` float32 each, with gradients; empty where not asked for.
+
+    Attributes:
+        log_probs: log-probability of each token.
+        entropy: of the distribution that each token was drawn from.
+        values: what the critic expects from each token on, the token itself not seen.
+    """
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor
 
 
 def make_batch(

@@ -44,6 +44,8 @@ class OutputLayer(ColumnParallelLinear):
         runtime_gather_output: bool | None = None,
         labels: torch.Tensor | None = None,
         token_weights: torch.Tensor | None = None,
+        temperature: float | None = None,
+        with_entropy: bool = False,
     ):
         """Logits as Megatron returns them or, with `labels`, losses.
 
@@ -53,12 +55,15 @@ class OutputLayer(ColumnParallelLinear):
             runtime_gather_output: of Megatron's layer.
             labels: `[1, n]` int64.
             token_weights: `[1, n]` float, known weight of each token's loss.
+            temperature: with `labels`, ask for log-probabilities at it.
+            with_entropy: and for the entropies.
 
         Padding is no token: it has no share in a loss, and its logits are -inf.
 
         Returns:
             With `token_weights` the weighted sum, through which gradients flow, and `[1, n]` losses without gradient; with labels
-            alone `[1, n]` losses with gradient (the logits are computed again in backward). Float32.
+            alone `[1, n]` losses with gradient (the logits are computed again in backward); with `temperature` log-probabilities
+            and entropies (empty if not wanted), `[n]` each, with gradient. Float32.
         """
         weight = self.weight if weight is None else weight
         start = self.tp_group.rank() * weight.shape[0]
@@ -70,6 +75,10 @@ class OutputLayer(ColumnParallelLinear):
         # The whole weight, padding included: ranks have to agree in its rows.
         place = {"vocabulary_start": start, "group": self.tp_group, "vocabulary": self.vocabulary}
         hidden, labels = input_.squeeze(1), labels.squeeze(0)
+        if temperature is not None:
+            # The layer has no bias: logits over the temperature are those of hidden states over it.
+            hidden = hidden if temperature == 1 else hidden / temperature
+            return linear_log_probs(hidden, weight, labels, **place, with_entropy=with_entropy)
         if token_weights is None:
             return -linear_log_probs(hidden, weight, labels, **place, with_entropy=False)[0].unsqueeze(0)
         total, losses = linear_cross_entropy(hidden, weight, labels, token_weights.squeeze(0), **place)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from step_megatron.data.schema import Audio, Conversation, Text, Turn
+from step_megatron.data.template import THINK_END
 from step_megatron.errors import UserError
-from step_megatron.evaluation.scoring import THINK_END
 from step_megatron.generation.request import Sampling
 
 _ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "assistant"}

@@ -70,7 +70,7 @@ class Server(ThreadingHTTPServer):
 
     def decode(self, ids: list[int], reason: str | None) -> str:
         """Text of a sample, from inside `<think>` on."""
-        return self.run.text(Generation(ids, finish_reason=reason or "length"))
+        return self.run.rendering.text(Generation(ids, finish_reason=reason or "length"))
 
     def _prompt(self, request: Request) -> Prompt:
         try:
@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = self._body()
             if self.path != "/v1/chat/completions":
                 raise RequestError(f"no such path: {self.path}", status=404, code="not_found")
-            request = parse(body, self.server.run.stop_ids, _LONGEST_REPLY)
+            request = parse(body, self.server.run.rendering.stop_ids, _LONGEST_REPLY)
             ticket = self.server.submit(request)
         except RequestError as error:
             self._refuse(error)

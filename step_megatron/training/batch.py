@@ -151,7 +151,7 @@ def gather_features(micro_batch: MicroBatch, clips: Mapping[str, EncodedClip | N
                 f"{span.address}: chunk {span.chunk} has {clip.chunk_frames[span.chunk]} encoder frames, the index promised "
                 f"{frames}; the file has changed: run `step-megatron data validate` again"
             )
-        parts.append(clip.features.narrow(0, sum(clip.chunk_frames[: span.chunk]), frames))
+        parts.append(clip.chunk(span.chunk))
     return torch.cat(parts)
 
 

@@ -8,7 +8,7 @@ update    = learning rate of this step, clip, optimizer; left out where the step
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -96,7 +96,7 @@ def training_step(trainer: Trainer) -> Outcome:
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    reports = run_schedule(trainer.model, batches, len(trainer.groups), beat=trainer.heartbeat.beat)
+    reports = run_schedule(trainer.model, batches, supervised_loss(len(trainer.groups)), beat=trainer.heartbeat.beat)
     sums = start_copy_to_host(trainer.meter.local_sums(reports))
     trainer.scheduler.step(1)
     norm = gradient_norm(trainer.optimizer)
@@ -140,19 +140,25 @@ def _write_down(
 
 def run_schedule(
     model: list[torch.nn.Module],
-    batches: list[TrainingBatch],
-    groups: int,
+    batches: Sequence[Any],
+    loss: Callable[[Any], Callable],
     forward_only: bool = False,
     beat: Callable[[], None] = lambda: None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Run Megatron's schedule for this layout over the micro-batches; `beat` is called before each of them.
+    """Run Megatron's schedule for this layout over the micro-batches.
+
+    Args:
+        batches: each with a `model` attribute, which the model reads.
+        loss: of a micro-batch, the function that makes of the model's output the summed loss, the number of tokens that it is
+            summed over, and a report.
+        beat: called before each micro-batch.
 
     Returns:
-        The reports of `loss.masked_loss`, one per micro-batch, on last-stage ranks; nothing on the others.
+        The reports, one per micro-batch, on last-stage ranks; nothing on the others.
     """
     iterators = [iter(batches) for _ in model]
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, groups, beat),
+        forward_step_func=partial(_forward_step, loss, beat),
         data_iterator=iterators if len(model) > 1 else iterators[0],
         model=model,
         num_microbatches=len(batches),
@@ -163,10 +169,17 @@ def run_schedule(
     )
 
 
-def _forward_step(groups: int, beat: Callable[[], None], batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+def supervised_loss(groups: int) -> Callable[[TrainingBatch], Callable]:
+    """`run_schedule`'s loss of a supervised stage; `groups` is the number of groups that losses are summed by."""
+    return lambda batch: partial(masked_loss, loss_mask=batch.loss_mask, group=batch.group, groups=groups)
+
+
+def _forward_step(
+    loss: Callable[[Any], Callable], beat: Callable[[], None], batches: Any, model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable]:
     beat()
     batch = next(batches)
-    return model(batch.model), partial(masked_loss, loss_mask=batch.loss_mask, group=batch.group, groups=groups)
+    return model(batch.model), loss(batch)
 
 
 @torch.no_grad()
@@ -176,7 +189,8 @@ def validation_loss(trainer: Trainer) -> dict[str, float]:
     for chunk in trainer.model:
         chunk.eval()
     batches = trainer.validation_batches()
-    reports = run_schedule(trainer.model, batches, len(trainer.groups), forward_only=True, beat=trainer.heartbeat.beat)
+    loss = supervised_loss(len(trainer.groups))
+    reports = run_schedule(trainer.model, batches, loss, forward_only=True, beat=trainer.heartbeat.beat)
     sums = trainer.meter.reduce_losses(reports)
     for chunk in trainer.model:
         chunk.train()

@@ -23,7 +23,7 @@ from step_megatron.model.weights import full_names
 from step_megatron.runtime.device import Runtime, initialize, shutdown
 from step_megatron.training.batch import TrainingBatch, to_device
 from step_megatron.training.batch_dump import DumpedBatch, read_batch, sample_losses
-from step_megatron.training.loop import run_schedule
+from step_megatron.training.loop import run_schedule, supervised_loss
 from step_megatron.training.state import TrainState, build_state
 
 
@@ -94,7 +94,7 @@ def _run(state: TrainState, batches: list[TrainingBatch], dumped: DumpedBatch, g
     state.transformer.grad_scale_func = lambda loss: loss * scale
     for chunk in state.model:
         chunk.zero_grad_buffer()
-    reports = run_schedule(state.model, batches, groups)
+    reports = run_schedule(state.model, batches, supervised_loss(groups))
     losses = sample_losses(batches, reports, runtime)
     samples = [
         {"id": name, "source": group.source, "loss": now, "then": None if before is None else float(before)}

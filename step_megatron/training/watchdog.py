@@ -30,8 +30,8 @@ from step_megatron.runtime.progress import get_logger
 # sysexits.h: a temporary failure, try again.
 EXIT_STATUS = 75
 FOLDER = "hangs"
-# In the order in which a step goes through them.
-PHASES = ("load", "encode", "compute", "exchange", "update", "validate", "save")
+# In the order in which a step (an iteration of PPO) goes through them.
+PHASES = ("load", "encode", "generate", "judge", "score", "compute", "exchange", "update", "validate", "save")
 # Longest pause between two looks, and how long ranks wait for each other's stacks, in seconds.
 _TICK, _GRACE = 10.0, 3.0
 # Whoever stands in one of these files waits for others.

@@ -63,7 +63,7 @@ def test_batches_hold_the_rendered_samples(make, config, data_set, compact):
             assert batch.loss_mask.sum() >= 1
             starts = batch.cu_seqlens.tolist()
             for name, group, start, end in zip(batch.sample_ids, batch.groups, starts[:-1], starts[1:], strict=True):
-                sample = render(by_id[name], compact, loader.clip_tokens)
+                sample = render(by_id[name], compact, loader.clips.tokens)
                 assert batch.tokens[0, start:end].tolist() == sample.input_ids.tolist()
                 assert batch.loss_mask[0, start:end].sum() == sample.trained_tokens
                 assert group.source == ("speech" if name.startswith("clip") else "reasoning")

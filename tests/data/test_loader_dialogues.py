@@ -47,7 +47,7 @@ def given(loader: MixtureLoader, steps: int) -> Counter:
 def test_stripped_dialogues_are_a_sample_a_round(config, compact, chats):
     config.tokenizer.earlier_reasoning = "strip"
     loader = MixtureLoader(config, compact, None)
-    samples = [render(s, compact, loader.clip_tokens) for each in chats for s in training_samples(each, "all", "strip")]
+    samples = [render(s, compact, loader.clips.tokens) for each in chats for s in training_samples(each, "all", "strip")]
     assert loader.sources.size(0) == len(samples) == 50
     counts = given(loader, 40)
     assert set(counts) == {tuple(sample.input_ids.tolist()) for sample in samples}
@@ -57,7 +57,7 @@ def test_stripped_dialogues_are_a_sample_a_round(config, compact, chats):
 def test_only_last_turns_are_trained(config, compact, chats):
     config.data.train_turns = "last"
     loader = MixtureLoader(config, compact, None)
-    expected = {c.id: render(training_samples(c, "last")[0], compact, loader.clip_tokens).trained_tokens for c in chats}
+    expected = {c.id: render(training_samples(c, "last")[0], compact, loader.clips.tokens).trained_tokens for c in chats}
     for batch in loader.next_step():
         edges = batch.cu_seqlens.tolist()
         for name, a, b in zip(batch.sample_ids, edges[:-1], edges[1:], strict=True):

@@ -15,7 +15,6 @@ from step_megatron.evaluation.chat import Chat, chat
 from step_megatron.evaluation.load import loaded_run
 from step_megatron.evaluation.report import write_report
 from step_megatron.evaluation.run import Limits, evaluate
-from step_megatron.evaluation.scoring import split_reply
 from step_megatron.evaluation.tasks import read_items
 
 
@@ -175,11 +174,3 @@ def test_chat_with_a_run(trained, capsys):
         chat(trained.run, [trained.data / "no.wav"])
     with pytest.raises(ValueError, match="broken.wav"):
         chat(trained.run, [trained.data / "broken.wav"], lines=iter([]))
-
-
-def test_chatml_replies_read_like_the_others(trained):
-    from step_megatron.evaluation.load import _from_inside_thinking
-
-    assert split_reply(_from_inside_thinking("<think>\na\n</think>\n\nb", False)) == split_reply("a</think>b")
-    assert split_reply(_from_inside_thinking("just b", False)).answer == "just b"
-    assert _from_inside_thinking("a</think>b", True) == "a</think>b"

@@ -102,14 +102,14 @@ def watched_step(rank, world_size, *, transformer) -> dict:
     from parallel.synthetic import GROUPS
 
     from step_megatron.checkpoint.distributed import unwrap
-    from step_megatron.training.loop import run_schedule
+    from step_megatron.training.loop import run_schedule, supervised_loss
 
     trainer = prepare(transformer, "adam", None, ())
     batches = trainer.next_batches()
     model = unwrap(trainer.model[0])
     model.config.finalize_model_grads_func = None
     with HostWaits() as waits:
-        reports = run_schedule(trainer.model, batches, len(GROUPS))
+        reports = run_schedule(trainer.model, batches, supervised_loss(len(GROUPS)))
     gradients = [parameter.main_grad.abs().max().item() for parameter in model.parameters()]
     return {"found": waits.found, "reports": len(reports), "smallest": min(gradients)}
 

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 
 from step_megatron.data.preferences import Verdict
 from step_megatron.data.schema import Conversation, Turn
+from step_megatron.data.template import THINK_END
 from step_megatron.rl.judge.judging import Answer, Request
 from step_megatron.rl.judge.scale import Scale
-from step_megatron.rl.judge.verdict import THINK_END, write_verdict
+from step_megatron.rl.judge.verdict import write_verdict
 
-# Prompts and a seed for each -> what the model writes after its `<think>`; None where a clip cannot be read.
+# Prompts and a seed for each -> what the model writes after its `<think>`; None where that is not possible: the prompt is too
+# long, or a clip of it cannot be read.
 Generate = Callable[[Sequence[Conversation], Sequence[int]], Sequence[str | None]]
 # History and reply -> how good the reply is.
 Score = Callable[[tuple[Turn, ...], str], float]
@@ -27,7 +29,8 @@ class ModelJudge:
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         texts = self.generate([request.prompt for request in requests], [request.seed for request in requests])
-        return [Answer(text, "" if text is not None else "a clip of the history cannot be read") for text in texts]
+        problem = "its prompt is too long, or a clip of it cannot be read"
+        return [Answer(text, "" if text is not None else problem) for text in texts]
 
 
 class ScoringJudge:

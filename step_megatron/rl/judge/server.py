@@ -11,11 +11,11 @@ from typing import Any
 from step_megatron.audio.errors import AudioError
 from step_megatron.config.schema import JudgeConfig
 from step_megatron.data.schema import Audio, Turn
+from step_megatron.data.template import THINK_END
 from step_megatron.errors import UserError
 from step_megatron.rl.judge.cache import AnswerCache, key_of
 from step_megatron.rl.judge.http_json import HTTPFailure, post_json
 from step_megatron.rl.judge.judging import Answer, Request
-from step_megatron.rl.judge.verdict import THINK_END
 from step_megatron.runtime.progress import get_logger
 
 logger = get_logger(__name__)

@@ -12,9 +12,9 @@ import re
 from typing import Any
 
 from step_megatron.data.preferences import Verdict
+from step_megatron.data.template import THINK_END
 from step_megatron.rl.judge.scale import Scale
 
-THINK_END = "</think>"
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
 # End-of-turn marks that a decoder may leave at the end.
 _TRAILING_MARKS = re.compile(r"(?:\s*<\|[^|<>]{1,40}\|>)+\s*\Z")
