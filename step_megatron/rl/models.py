@@ -123,6 +123,10 @@ def residents_of(
     """What may sleep, weights first."""
     residents: dict[str, Sleeper] = {}
     if encoder is not None:
+        for parameter in encoder.parameters():
+            if not parameter.untyped_storage().resizable():
+                # Memory of a file or of numpy, which is not torch's to free.
+                parameter.data = parameter.data.clone()
         residents["encoder"] = Resident(partial(_weights, [encoder]))
     learners = {"actor": actor} | ({} if critic is None else {"critic": critic})
     for name, learner in learners.items():

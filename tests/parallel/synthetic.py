@@ -1,9 +1,10 @@
 """Packed micro-batches with audio, made from a seed: the loader's and the encoder's output without files."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
+from step_megatron.audio.cache import EncodedClip
 from step_megatron.data.aspects import LossGroup
 from step_megatron.data.micro_batch import MicroBatch
 from step_megatron.data.template import AudioSpan
@@ -13,19 +14,13 @@ VOCABULARY = 128
 GROUPS = (LossGroup("speech", "continuity"), LossGroup("text"))
 
 
-@dataclass
-class Clip:
-    """The encoded-audio cache's `EncodedClip`."""
-
-    features: torch.Tensor
-    chunk_frames: tuple[int, ...]
-
-
 def audio_tokens(frames: int) -> int:
     return (frames - 1) // 2 + 1
 
 
-def segment(length: int, frames: tuple[int, ...], trained: int, seed: int, name: str) -> tuple[MicroBatch, dict[str, Clip]]:
+def segment(
+    length: int, frames: tuple[int, ...], trained: int, seed: int, name: str
+) -> tuple[MicroBatch, dict[str, EncodedClip]]:
     """One conversation of `length` tokens with a clip of one chunk per entry of `frames`; its last `trained` are trained."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(1, length)
@@ -34,7 +29,7 @@ def segment(length: int, frames: tuple[int, ...], trained: int, seed: int, name:
     for number, count in enumerate(frames):
         address = f"{name}.{number}.wav"
         spans.append(AudioSpan(address, 0, start, audio_tokens(count)))
-        clips[address] = Clip(torch.randn(count, ENCODER_WIDTH, generator=generator).bfloat16(), (count,))
+        clips[address] = EncodedClip(torch.randn(count, ENCODER_WIDTH, generator=generator).bfloat16(), (count,))
         start += audio_tokens(count) + 1
     assert start <= length - trained, "the clips do not fit"
     made = MicroBatch(
@@ -84,9 +79,9 @@ STEP = (
 )
 
 
-def step_segments(step: int) -> tuple[list[list[MicroBatch]], dict[str, Clip]]:
+def step_segments(step: int) -> tuple[list[list[MicroBatch]], dict[str, EncodedClip]]:
     """The segments of one training step by micro-batch, and the clips in them."""
-    clips: dict[str, Clip] = {}
+    clips: dict[str, EncodedClip] = {}
     groups = []
     for number, shapes in enumerate(STEP):
         group = []

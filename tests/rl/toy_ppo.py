@@ -29,6 +29,7 @@ def ppo_overrides(data: str, run_dir: str) -> list[str]:
         "rl.rollout={prompts: 4, samples: 2, max_new_tokens: 6}",
         "rl.rewards=[{kind: preference}, {kind: rubric}, {kind: verifiable}]",
         "rl.ppo.kl.beta=0.01",
+        "generation={rows: 16, cache_tokens: 1024}",
         "training={lr_warmup_steps: 0, lr_schedule: constant, save_interval: 1}",
         "megatron.optimizer.lr=1e-3",
         "megatron.optimizer.weight_decay=0.0",
