@@ -163,8 +163,8 @@ class TrainedRun:
     ) -> list[str | None]:
         """Text of the next assistant turn of every conversation, as `Rendering.text`; None where a clip could not be read.
 
-        `seed` is one for all, of which every conversation gets its own by its index, or one for each. `progress` is called with how
-        many replies have ended since the last call.
+        `seed` is one for all, of which every conversation gets its own by its index, or one for each. `progress` is called with
+        how many replies have ended since the last call.
         """
         readable = [i for i, c in enumerate(conversations) if all(self._clips[a] is not None for a in c.audio_addresses())]
         prompts = [self.prompt(conversations[i]) for i in readable]

@@ -23,7 +23,7 @@ from step_megatron.rl.colocation import Cache, Resident, Sleeper
 from step_megatron.rl.judge.phase import ColocatedJudging
 from step_megatron.rl.learning import Learner
 from step_megatron.runtime.device import Runtime
-from step_megatron.runtime.megatron_checkpoint import optimizer_parts
+from step_megatron.runtime.megatron_optimizer import optimizer_parts
 from step_megatron.training.state import TrainState, build_state, load_start
 
 # Residents that each phase needs on the device.

@@ -156,7 +156,5 @@ def test_without_a_judge_judgments_are_refused(data, tmp_path, worker_pool):
 
 def test_a_pipelined_policy_is_refused_with_the_nearest_layout(data, tmp_path, worker_pool):
     extra = ("megatron.transformer.pipeline_model_parallel_size=2",)
-    with pytest.raises(
-        WorkerError, match="the nearest layout is .*pipeline_model_parallel_size=1"
-    ):
+    with pytest.raises(WorkerError, match="the nearest layout is .*pipeline_model_parallel_size=1"):
         worker_pool(2).run(run, {"data": str(data), "run_dir": str(tmp_path), "extra": extra})
