@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from toy_ppo import run, write_prompts
+from rl.toy_ppo import run, write_prompts
 from training.toy_run import write_data
 
 from step_megatron.rl.colocation import Colocation, Resident

@@ -4,8 +4,8 @@ import math
 from pathlib import Path
 
 import pytest
+from rl.toy_ppo import run, write_prompts
 from support.worker_pool import WorkerError
-from toy_ppo import run, write_prompts
 from training.toy_run import write_data
 
 from step_megatron.runtime.metrics import read_metrics

@@ -6,6 +6,9 @@ from training.toy_run import PITCHES, overrides
 
 from step_megatron.config import load_config
 
+# Samples have the same bits whatever they are generated beside.
+EXACT = ("generation.batch_invariant=true", "generation.invariant_rows=8")
+
 
 def write_prompts(data: Path) -> None:
     """`prompts.jsonl`: the tones of `training.toy_run.write_data`, with an answer and a reference; half with a rubric."""
