@@ -78,10 +78,9 @@ class ResponseBatcher:
         """This replica's micro-batches of some of the samples; every replica gets the same number.
 
         Args:
-            chosen: indices of the samples, those without a token among them left out.
+            chosen: indices of the samples, at least one, each with a token of its own.
             clips: encoded clips by address.
         """
-        chosen = [index for index in chosen if experience.samples[index].trained_tokens]
         samples = [experience.samples[index] for index in chosen]
         bins = self._plan(samples)
         costs = [sum(len(samples[i].input_ids) for i in items) for items, _ in bins]

@@ -4,7 +4,7 @@ encode    the prompts' clips through the frozen encoder, once for everybody who 
 generate  samples of the policy by the rollout engine, with its own weights
 judge     replies against references, by rubric or plain preference; verifiable answers; one score a sample
 score     log-probabilities before the first update and under the reference, and values, by the training forward
-train     passes over the samples in mini-batches: policy, then critic
+train     passes over the samples in mini-batches: the policy's optimizer steps, then the critic's
 
 Source: section 3.3 and equations 2-5 of the Step-Audio-R1.5 report.
 """
@@ -105,8 +105,7 @@ def iterate(ppo: PPO) -> dict[str, float]:
         ppo.heartbeat.beat("score")
         look_back(ppo, experience, clips, measures)
     measures.kl = assess(experience, scores.values, ppo.config.rl.ppo, ppo.kl.beta)
-    with ppo.colocation.phase("train"):
-        learn(ppo, experience, clips)
+    learn(ppo, experience, clips)
     metrics = measures.metrics(experience, ppo) | ppo.colocation.flush()
     if ppo.runtime.rank == 0:
         write_jsonl(Path(ppo.config.run.dir) / "rollouts" / f"{ppo.iteration + 1:06d}.jsonl", measures.records())
@@ -128,7 +127,11 @@ def listen(ppo: PPO, prompts: list[RLPrompt]) -> tuple[list[RLPrompt], Clips]:
 
 def look_back(ppo: PPO, experience: Experience, clips: Clips, measures: Measures) -> None:
     """Set `old`, `reference` and `values` of the samples that are trained on."""
-    chosen = experience.valid.nonzero()[:, 0].tolist()
+    chosen = trainable(experience)
+    if not chosen:
+        # Every judgment failed, or every response is empty: nothing is trained, and nothing has to be known.
+        experience.old = experience.reference = experience.values = measures.entropy = torch.zeros(experience.tokens)
+        return
 
     def scored(model: Sequence[torch.nn.Module], with_entropy: bool = False) -> dict[str, torch.Tensor]:
         batches = ppo.batcher.batches(experience, chosen, clips, with_entropy)
@@ -145,26 +148,37 @@ def look_back(ppo: PPO, experience: Experience, clips: Clips, measures: Measures
 
 
 def learn(ppo: PPO, experience: Experience, clips: Clips) -> None:
-    """The iteration's optimizer steps."""
-    rl, mask = ppo.config.rl, experience.mask
+    """The iteration's optimizer steps: all of the policy's, then all of the critic's, so that one of them at a time is awake.
+
+    Neither reads what the other learns: the order changes nothing.
+    """
+    rl, shared = ppo.config.rl, ppo.critic is None and ppo.config.rl.ppo.baseline == "critic"
     truncation = rl.ppo.importance_truncation
-    weights = None if truncation is None else importance_weights(experience.old, experience.rollout, mask, truncation)
+    weights = None
+    if truncation is not None:
+        weights = importance_weights(experience.old, experience.rollout, experience.mask, truncation)
     actor, critic = actor_loss(experience, rl.ppo, ppo.kl.beta, weights), critic_loss(experience, rl.ppo)
-    if ppo.critic is None and rl.ppo.baseline == "critic":
-        actor = shared_loss(actor, critic, rl.critic.coefficient)
-    for epoch in range(rl.epochs):
-        for chosen in mini_batches(ppo, experience, epoch):
-            batches = ppo.batcher.batches(experience, chosen, clips, with_entropy=bool(rl.ppo.entropy_coefficient))
-            ppo.heartbeat.beat("compute")
-            ppo.actor.step(batches, actor, ppo.heartbeat.beat)
-            if ppo.critic is not None:
-                ppo.critic.step(batches, critic, ppo.heartbeat.beat)
+    loss = shared_loss(actor, critic, rl.critic.coefficient) if shared else actor
+    learners = [("train", ppo.actor, loss)] + ([] if ppo.critic is None else [("train critic", ppo.critic, critic)])
+    for phase, learner, loss_of in learners:
+        with ppo.colocation.phase(phase):
+            for epoch in range(rl.epochs):
+                for chosen in mini_batches(ppo, experience, epoch):
+                    with_entropy = learner is ppo.actor and bool(rl.ppo.entropy_coefficient)
+                    batches = ppo.batcher.batches(experience, chosen, clips, with_entropy)
+                    ppo.heartbeat.beat("compute")
+                    learner.step(batches, loss_of, ppo.heartbeat.beat)
+
+
+def trainable(experience: Experience) -> list[int]:
+    """Samples with a score and a token."""
+    return [i for i in experience.valid.nonzero()[:, 0].tolist() if experience.samples[i].trained_tokens]
 
 
 def mini_batches(ppo: PPO, experience: Experience, epoch: int) -> list[list[int]]:
     """The samples of every optimizer step of an epoch, a function of seed, iteration and epoch alone."""
-    trained = [i for i in experience.valid.nonzero()[:, 0].tolist() if experience.samples[i].trained_tokens]
+    trained = trainable(experience)
     order = shuffled(len(trained), derive(ppo.config.run.seed, "mini-batches", ppo.iteration, epoch))
     shuffled_samples, count = [trained[i] for i in order], ppo.config.rl.mini_batches
-    # Steps without a sample are steps nevertheless where there are fewer samples than steps: none of them is taken.
+    # Where there are fewer samples than steps, the rest of the steps are not taken.
     return [part for part in (shuffled_samples[i::count] for i in range(count)) if part]

@@ -32,7 +32,8 @@ NEEDS = {
     "generate": ("actor.weights", "actor.cache"),
     "judge": ("judge.weights", "judge.cache"),
     "score": ("actor.weights", "critic.weights", "reference.weights"),
-    "train": tuple(f"{name}.{part}" for name in ("actor", "critic") for part in ("weights", "optimizer", "gradients")),
+    "train": ("actor.weights", "actor.optimizer", "actor.gradients"),
+    "train critic": ("critic.weights", "critic.optimizer", "critic.gradients"),
     "save": tuple(f"{name}.{part}" for name in ("actor", "critic") for part in ("weights", "optimizer")),
 }
 

@@ -73,6 +73,24 @@ def activations(transformer, tokens: int, layers: int, stages_after: int) -> int
     return share * (kept * layers * (stages_after + 1) + 3 * inner)
 
 
+def test_a_phase_of_ppo_fits_two_nodes():
+    """The largest phase trains one model: weights, fp32 gradients, and an optimizer shared out over two replicas."""
+    from step_megatron.rl.kl import KLController
+    from step_megatron.rl.rewards import Rewards
+
+    config = load_config(EXAMPLES / "recipes" / "ppo-32b.yaml")
+    Rewards(config.rl.rewards), KLController(config.rl.ppo.kl)
+    transformer = transformer_config(config)
+    build_optimizer_config(config.megatron, transformer)
+    every, _, layers = parameters(config, transformer, 0)
+    budget = config.data.tokens_per_micro_batch
+    assert config.generation.max_length <= budget
+    training = every * (2 + 4 + 12 // 2) + activations(transformer, budget, layers, 0)
+    cache = 2 * 2 * config.generation.cache_tokens * transformer.kv_channels * layers  # one query group a rank, bf16
+    generating = 2 * every + cache
+    assert max(training, generating) + ENCODER < USABLE
+
+
 def test_there_is_a_recipe_for_each_stage_and_length():
     assert RECIPES == sorted(f"{stage}-32b-{length}k.yaml" for stage in ("midtrain", "sft") for length in (8, 16, 32))
 

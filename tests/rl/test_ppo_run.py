@@ -158,3 +158,25 @@ def test_a_pipelined_policy_is_refused_with_the_nearest_layout(data, tmp_path, w
     extra = ("megatron.transformer.pipeline_model_parallel_size=2",)
     with pytest.raises(WorkerError, match="the nearest layout is .*pipeline_model_parallel_size=1"):
         worker_pool(2).run(run, {"data": str(data), "run_dir": str(tmp_path), "extra": extra})
+
+
+def test_a_judge_on_the_same_devices_is_asked_and_its_failures_mask_their_samples(data, tmp_path, worker_pool):
+    """A model that was never taught to judge: it writes no verdict, so nothing may be trained, and nothing may break."""
+    judge = {"data": str(data), "run_dir": str(tmp_path / "judge"), "extra": ("training.steps=3",)}
+    worker_pool(2).run("training.toy_run:train", judge)
+    extra = (
+        f"rl.judge={{run: {tmp_path / 'judge'}, max_tokens: 8, retries: 1, failure_limit: 1.0, instructions: brief}}",
+        "rl.colocation.offload=on", "megatron.transformer.tensor_model_parallel_size=2",
+        "generation.cache_tokens=2048", "generation.max_length=0", "rl.iterations=2",
+    )  # fmt: skip
+    worker_pool(2).run(run, {"data": str(data), "run_dir": str(tmp_path / "ppo"), "extra": extra, "judge": None})
+    for line in read_metrics(tmp_path / "ppo"):
+        assert line["judge/masked"] == 1 and line["trained_samples"] == 0 and line["kl"] == 0
+        assert line["reward/preference_failed"] + line["reward/rubric_failed"] == 8
+
+
+def test_with_adapters_the_reference_is_the_policy_without_them(data, tmp_path, worker_pool):
+    extra = (*BANDIT, "model.lora={rank: 4, alpha: 8}", "rl.iterations=6", "rl.ppo.kl.beta=0.0", "rl.colocation.offload=on")
+    worker_pool(1).run(run, {"data": str(data), "run_dir": str(tmp_path), "extra": extra})
+    first, *_, last = read_metrics(tmp_path)
+    assert first["kl"] == 0 and abs(last["kl"]) > 1e-3
