@@ -122,12 +122,13 @@ def residents_of(
     encoder: torch.nn.Module | None,
 ) -> dict[str, Sleeper]:
     """What may sleep, weights first."""
+    modules = [*actor.model, *(critic.model if critic else []), *(reference or []), judge and judge[1], encoder]
+    for parameter in (parameter for module in modules if module is not None for parameter in module.parameters()):
+        if not parameter.untyped_storage().resizable():
+            # Memory of a file, of numpy or of another process, which is not torch's to free.
+            parameter.data = parameter.data.clone()
     residents: dict[str, Sleeper] = {}
     if encoder is not None:
-        for parameter in encoder.parameters():
-            if not parameter.untyped_storage().resizable():
-                # Memory of a file or of numpy, which is not torch's to free.
-                parameter.data = parameter.data.clone()
         residents["encoder"] = Resident(partial(_weights, [encoder]))
     learners = {"actor": actor} | ({} if critic is None else {"critic": critic})
     for name, learner in learners.items():
