@@ -1,12 +1,11 @@
-"""What torchrun starts in a test: the command line, in a process that kills itself once, in the first of its lives."""
+"""What torchrun's agent starts in a test: the command line, in a process that kills itself once, in the first of its lives."""
 
 import os
 import signal
-import sys
 from unittest import mock
 
 
-def main() -> int:
+def main(*settings: str) -> int:
     from step_megatron import cli
     from step_megatron.training import loop
 
@@ -18,8 +17,4 @@ def main() -> int:
         return step(trainer)
 
     with mock.patch.object(loop, "training_step", step_or_die):
-        return cli.main(["train", "midtrain", *sys.argv[1:]])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return cli.main(["train", "midtrain", *settings])

@@ -1,4 +1,8 @@
-"""A run that is told to stop, whenever that is, and goes on, ends with the bits of a run that never stopped, in every layout."""
+"""A run that is told to stop, whenever that is, and goes on, ends with the bits of a run that never stopped.
+
+The layouts are those that have state of their own: moments cut over replicas, a loss scaler, steps that were out of order. Other
+layouts' checkpoints are held to the bit in `checkpoint/test_checkpoint_layouts.py`, and by the long campaign of `survival`.
+"""
 
 import pytest
 from training.survival import LAYOUTS, remains, run_rank
@@ -6,8 +10,7 @@ from training.toy_run import write_text
 
 STEP = ("step_megatron.training.loop", "training_step")
 SHORT = ("training.steps=8", "training.save_interval=3", "training.validation_interval=4", "training.keep_checkpoints=1")
-MORE = {
-    "cp2": ("megatron.transformer.context_parallel_size=2",),
+STATEFUL = {name: LAYOUTS[name] for name in ("dp2-distributed-optimizer", "tp2-sp-fp16")} | {
     "tp2-anomaly": ("megatron.transformer.tensor_model_parallel_size=2", "training.anomaly.max_in_a_row=2"),
 }
 
@@ -23,10 +26,10 @@ def outcome(run_dir, results) -> dict:
     return remains(run_dir) | {"hashes": [result["hash"] for result in results]}
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, *MORE])
+@pytest.mark.parametrize("layout", STATEFUL)
 def test_every_layout_goes_on_to_the_same_bits(layout, worker_pool, data, tmp_path):
     """The stop lies between two lines of metrics, two checkpoints and (with an anomaly) two steps that are out of order."""
-    kwargs = {"data": data, "extra": (*(LAYOUTS | MORE)[layout], *SHORT)}
+    kwargs = {"data": data, "extra": (*STATEFUL[layout], *SHORT)}
     poison = (2, 7) if "anomaly" in layout else ()
     whole = worker_pool(2).run(run_rank, kwargs | {"run_dir": str(tmp_path / "whole"), "poison": poison})
     kwargs["run_dir"] = str(tmp_path / "stopped")
