@@ -136,21 +136,24 @@ class Watchdog:
             self._folder.rmdir()
 
     def _watch(self) -> None:
-        before = time.monotonic()
+        before, watched = time.monotonic(), 0.0
         while not self._leaving.wait(self._tick):
             # Longer than this thread's own silence: it fires where the thread cannot run.
             faulthandler.dump_traceback_later(self._timeout, file=self._stacks)
             now = time.monotonic()
-            if now - before > 0.5 * self._timeout:
-                # The whole process was stopped and goes on; nobody is to blame for that time.
-                self._seen = {rank: (pulse, now) for rank, (pulse, _) in self._seen.items()}
+            # Time in which this process was stopped, or got no processor, is nobody's silence.
+            watched += min(now - before, 2 * self._tick)
             before = now
-            if hung := self._look(now):
+            if hung := self._look(watched):
                 self._end(hung)
         faulthandler.cancel_dump_traceback_later()
 
     def _look(self, now: float) -> list[int]:
-        """Publish this rank's pulse and take in the others'; the suspects, if the run hangs."""
+        """Publish this rank's pulse and take in the others'; the suspects, if the run hangs.
+
+        Args:
+            now: seconds that this process has been watching.
+        """
         pulses = {self._rank: self._heartbeat.pulse}
         try:
             self._store.set(f"pulse/{self._rank}", json.dumps(asdict(pulses[self._rank])))

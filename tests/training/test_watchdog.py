@@ -1,13 +1,19 @@
 """Who is said to hang: the least advanced, when none of them gives a sign; never one that works, never one that waits."""
 
+import contextlib
+import faulthandler
+import itertools
 import sys
 import threading
 import types
+from unittest import mock
 
+import pytest
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from step_megatron.training import watchdog
 from step_megatron.training.watchdog import PHASES, Heartbeat, Pulse, Stand, Watchdog, culprits, stand_of, suspects
 
 PULSES = st.builds(Pulse, st.integers(1, 3), st.integers(1, 3), st.sampled_from(PHASES), st.integers(0, 9))
@@ -46,6 +52,26 @@ def test_a_step_that_goes_back_is_further_on():
     before = heartbeat.pulse
     heartbeat.next_turn(5)
     assert heartbeat.pulse.place > before.place and heartbeat.pulse.beats > before.beats
+
+
+class Ended(Exception):
+    """The watchdog would have ended the process."""
+
+
+@pytest.mark.parametrize(("pauses", "hangs"), [([6.0] * 9, False), ([6.0] * 12, True), ([25.0, 25.0, 25.0, 5000.0], False)])
+def test_time_in_which_the_process_was_stopped_is_nobodys_silence(pauses, hangs, tmp_path):
+    """The timeout is a minute; the main thread gives no sign."""
+    dog = Watchdog(Heartbeat(), dist.HashStore(), 0, 1, tmp_path, 60.0)
+    times, turns = iter(itertools.accumulate([0.0, *pauses])), iter([False] * len(pauses))
+    dog._leaving = types.SimpleNamespace(wait=lambda seconds: next(turns, True))
+    with (
+        (tmp_path / "stacks").open("w") as dog._stacks,
+        mock.patch.object(watchdog, "time", types.SimpleNamespace(monotonic=lambda: next(times))),
+        mock.patch.object(dog, "_end", side_effect=Ended),
+        pytest.raises(Ended) if hangs else contextlib.nullcontext(),
+    ):
+        dog._watch()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def test_nothing_is_left_behind_and_nothing_is_watched_without_a_timeout(tmp_path):
