@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,8 @@ from step_megatron.runtime.agreement import Ranks
 
 SEAL = "seal.json"
 _BUFFER = 1 << 20
+# From here on a piece is summed up on a thread of its own while it is written: neither holds Python's lock.
+_LARGE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class SealedFile:
     def __init__(self, path: Path):
         self._file = open(path, "xb", buffering=_BUFFER)
         self._hash = hashlib.sha256()
+        self._summing = ThreadPoolExecutor(1, "sum")
         self._length = 0
         self._error: OSError | None = None
         self.sum: FileSum | None = None
@@ -47,11 +51,16 @@ class SealedFile:
     def write(self, data: bytes | memoryview) -> int:
         self._length += len(data)
         if self._error is None:
-            self._hash.update(data)
+            summed = self._summing.submit(self._hash.update, data) if len(data) >= _LARGE else None
             try:
                 self._file.write(data)
             except OSError as error:
                 self._error = error
+            if summed is None:
+                self._hash.update(data)
+            else:
+                # The memory is the caller's again afterwards.
+                summed.result()
         return len(data)
 
     def tell(self) -> int:
@@ -77,6 +86,7 @@ class SealedFile:
                 os.fsync(self._file.fileno())
                 self.sum = FileSum(self._length, self._hash.hexdigest())
         finally:
+            self._summing.shutdown()
             _close(self._file)
 
 
