@@ -377,7 +377,7 @@ class ColocationConfig:
 
     # Keep on the device what a phase needs, and the rest in pinned host memory; `auto` does so on a GPU.
     offload: Literal["auto", "on", "off"] = "auto"
-    # Judge what is finished while the rest is being generated: a server's answers are waited for meanwhile.
+    # Judge what is finished while the rest is being generated. A judge on the same devices does so where nothing is offloaded.
     overlap_judge: bool = True
 
 

@@ -9,7 +9,51 @@ from megatron.core import parallel_state
 from step_megatron.generation.data_parallel import share_out
 from step_megatron.generation.engine import Engine
 from step_megatron.generation.request import Generation, Prompt, Sampling
+from step_megatron.generation.sequence import Sequence as Member
 from step_megatron.rl.journal import Journal
+
+
+class Stream:
+    """Samples on their way through an engine; each is written down as it ends.
+
+    Args:
+        engine: inside `engine.running()` where `step` is called.
+        journal: knows what was generated before, and takes what ends now.
+        ended: called with each sample that this rank has generated, as it ends.
+    """
+
+    def __init__(self, engine: Engine, journal: Journal, ended: Callable[[str, Generation], None] = lambda key, generation: None):
+        self._engine, self._journal, self._ended = engine, journal, ended
+        self._waiting: list[tuple[str, Member]] = []
+        self._made: dict[str, dict] = {}
+
+    def add(self, prompt: Prompt, samplings: Sequence[Sampling], keys: Sequence[str], name: str) -> None:
+        """Queue a prompt with a sample for each sampling; `name` is what an error calls it."""
+        added = self._engine.add(prompt, samplings, name)
+        self._waiting += zip(keys, added.members, strict=True)
+
+    @property
+    def idle(self) -> bool:
+        return not self._waiting
+
+    def step(self) -> None:
+        """One step of the engine, if there is anything to do."""
+        if self._waiting and self._engine.step():
+            for key, member in self._waiting:
+                if member.done:
+                    self._made[key] = dataclasses.asdict(member.result)
+                    self._journal.write(key, self._made[key])
+                    self._ended(key, member.result)
+            self._waiting = [(key, member) for key, member in self._waiting if not member.done]
+
+    def share(self) -> None:
+        """Let the journals of all ranks know what each has made; every rank calls this."""
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        gathered: list[dict] = [{}] * group.size()
+        dist.all_gather_object(gathered, self._made, group=group)
+        for part in gathered:
+            self._journal.known |= part
+        self._made = {}
 
 
 def generate(
@@ -27,7 +71,7 @@ def generate(
         samplings: of every sample of every prompt, seeds included: who generates it does not matter.
         keys: the samples' names in the journal.
         beat: called at every step of the engine.
-        ended: called with each sample that this rank has generated, as it ends.
+        ended: as of `Stream`.
 
     Returns:
         All samples of every prompt, the same on every rank.
@@ -36,24 +80,13 @@ def generate(
     todo = [number for number, samples in enumerate(missing) if samples]
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     shares = share_out([len(prompts[number].tokens) * len(missing[number]) for number in todo], group.size())
-    waiting = []
-    for place in shares[group.rank()]:
-        number = todo[place]
-        added = engine.add(prompts[number], [samplings[number][i] for i in missing[number]], f"prompt {number}")
-        waiting += [(keys[number][i], member) for i, member in zip(missing[number], added.members, strict=True)]
-    made: dict[str, dict] = {}
+    stream = Stream(engine, journal, ended)
+    for number in (todo[place] for place in shares[group.rank()]):
+        mine = missing[number]
+        stream.add(prompts[number], [samplings[number][i] for i in mine], [keys[number][i] for i in mine], f"prompt {number}")
     with engine.running():
-        while not engine.scheduler.idle:
+        while not stream.idle:
             beat()
-            if engine.step():
-                for key, member in waiting:
-                    if member.done:
-                        made[key] = dataclasses.asdict(member.result)
-                        journal.write(key, made[key])
-                        ended(key, member.result)
-                waiting = [(key, member) for key, member in waiting if not member.done]
-    gathered: list[dict] = [{}] * group.size()
-    dist.all_gather_object(gathered, made, group=group)
-    for part in gathered:
-        journal.known |= part
+            stream.step()
+    stream.share()
     return [[Generation(**journal.known[key]) for key in each] for each in keys]

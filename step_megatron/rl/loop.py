@@ -96,7 +96,7 @@ def iterate(ppo: PPO) -> dict[str, float]:
         rollouts = sample(ppo, prompts, clips)
     with ppo.colocation.phase("judge"):
         ppo.heartbeat.beat("judge")
-        judgments = judge(ppo, rollouts, clips)
+        judgments = judge(ppo, rollouts)
         scores = reward(ppo, prompts, rollouts, judgments)
     measures = Measures(ppo.rewards, rollouts, judgments, scores)
     experience = Experience.of(rollouts)

@@ -74,7 +74,7 @@ def _starts_adapted(config: Config) -> bool:
 
 
 def build_judge(
-    config: Config, runtime: Runtime, group: dist.ProcessGroup, index: Any, beat: Callable[[], None]
+    config: Config, runtime: Runtime, group: dist.ProcessGroup, index: Any, overlap: bool, beat: Callable[[], None]
 ) -> tuple[ColocatedJudging, torch.nn.Module]:
     """The reward model of `rl.judge.run`, in the layout of this run, and its module.
 
@@ -108,6 +108,7 @@ def build_judge(
         config.run.seed,
         group,
         writes=runtime.tp_rank == 0,
+        overlap=overlap,
         beat=beat,
     )
     return judging, model

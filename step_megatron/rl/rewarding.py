@@ -12,7 +12,7 @@ from step_megatron.rl.rewards import KINDS, Rewards, Sample, Scores, final_reply
 from step_megatron.rl.rollout import Rollout
 
 if TYPE_CHECKING:
-    from step_megatron.rl.loop import PPO, Clips
+    from step_megatron.rl.loop import PPO
 
 _JUDGED = ("preference", "rubric")
 
@@ -31,7 +31,7 @@ def needs_judge(rewards: Rewards) -> bool:
     return any(reward.kind in _JUDGED for reward in rewards.rewards)
 
 
-def judge(ppo: PPO, rollouts: Sequence[Rollout], clips: Clips) -> list[Judgment | None]:
+def judge(ppo: PPO, rollouts: Sequence[Rollout]) -> list[Judgment | None]:
     """A judgment of every sample that has something to be judged against.
 
     Raises:
@@ -41,7 +41,7 @@ def judge(ppo: PPO, rollouts: Sequence[Rollout], clips: Clips) -> list[Judgment 
     asked = [pair for pair in pairs if pair is not None]
     if ppo.judging is None or not asked:
         return [None] * len(rollouts)
-    judgments = ppo.judging.finish(asked, clips, ppo.folder)
+    judgments = ppo.judging.finish(asked)
     failed = [judgment for judgment in judgments if judgment.reward is None]
     example = f"{failed[0].pair.id}: {', '.join(failed[0].failures)}" if failed else ""
     check_failures(len(failed), len(judgments), ppo.config.rl.judge.failure_limit, example)

@@ -147,12 +147,21 @@ class Run:
                     checkpoints.save(ppo.iteration, state.model, state.optimizer, state.scheduler, extra)
                 if learner is ppo.critic:
                     checkpoints.wait()
-        if ppo.runtime.rank == 0:
-            _forget_iterations(Path(ppo.config.run.dir) / "iterations", latest_checkpoint(ppo.config.run.dir))
+        self._forget()
 
     def _wait(self) -> None:
         self.ppo.heartbeat.beat("save")
         self.actor_checkpoints.wait()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Delete the journals of iterations that a complete checkpoint holds."""
+        folder = Path(self.ppo.config.run.dir)
+        if self.ppo.runtime.rank or (checkpoint := latest_checkpoint(folder)) is None:
+            return
+        for path in (folder / "iterations").glob("[0-9]*"):
+            if int(path.name) <= step_of(checkpoint):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _watchdog(self) -> Watchdog:
         ppo = self.ppo
@@ -224,14 +233,14 @@ def _build(config: Config, runtime: Runtime, group: dist.ProcessGroup, judge: Ju
     critic_checkpoints = None if critic is None else ending.enter_context(closing(_checkpoints(config, runtime, CRITIC)))
     reference = build_reference(config)
     engine = Engine(unwrap(actor.model[0]), config.generation, for_policy=True)
-    judging, judge_model = _judging(config, runtime, group, index, rewards, judge, heartbeat)
+    settings = config.rl.colocation
+    offloads = settings.offload == "on" or (settings.offload == "auto" and runtime.device.type == "cuda")
+    judging, judge_model = _judging(config, runtime, group, index, rewards, judge, heartbeat, offloads)
     if judging is not None:
         ending.callback(judging.close)
     residents = residents_of(
         actor, critic, reference, engine, None if judge_model is None else (judging, judge_model), audio and audio.encoder
     )
-    settings, on_gpu = config.rl.colocation, runtime.device.type == "cuda"
-    offloads = settings.offload == "on" or (settings.offload == "auto" and on_gpu)
     trace = Path(config.run.dir) / "trace" / f"rank_{runtime.rank}.json"
     colocation = Colocation(residents, NEEDS, offloads, runtime.device, trace, runtime.rank)
     ppo = PPO(
@@ -254,13 +263,15 @@ def _judging(
     rewards: Rewards,
     judge: Judge | None,
     heartbeat: Heartbeat,
+    offloads: bool,
 ) -> tuple[Judging | None, Any]:
     """Who judges, and the module where that is a model of ours."""
     settings = config.rl.judge
     if not needs_judge(rewards):
         return None, None
     if judge is None and settings.run:
-        return build_judge(config, runtime, group, index, heartbeat.beat)
+        overlap = config.rl.colocation.overlap_judge and not offloads
+        return build_judge(config, runtime, group, index, overlap, heartbeat.beat)
     if judge is None:
         if not settings.server.url:
             raise ConfigError(
@@ -309,11 +320,3 @@ def _checkpoints(config: Config, runtime: Runtime, part: str = "") -> Checkpoint
     keep = training.keep_checkpoints + (1 if part and training.keep_checkpoints else 0)
     retention = Retention(keep, training.keep_checkpoint_every)
     return Checkpoints(Path(config.run.dir) / part, retention, training.async_save, runtime.timeout)
-
-
-def _forget_iterations(folder: Path, checkpoint: Path | None) -> None:
-    """Delete the journals of iterations that a complete checkpoint holds."""
-    done = step_of(checkpoint) if checkpoint is not None else None
-    for path in folder.glob("[0-9]*") if done else ():
-        if int(path.name) <= done:
-            shutil.rmtree(path, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from step_megatron.data.rl_prompts import RLPrompt
@@ -48,11 +49,24 @@ def sample(ppo: PPO, prompts: Sequence[RLPrompt], clips: Clips) -> list[Rollout]
         if ppo.judging is not None and pair is not None:
             ppo.judging.start(pair)
 
+    if ppo.judging is not None:
+        ppo.judging.begin(clips, ppo.folder)
+    judging = nullcontext(lambda: None) if ppo.judging is None else ppo.judging.alongside()
+
     samplings = [[sampling(name) for name in each] for each in names]
     inputs = [prompt_of(each, clips) for each in rendered]
     writes = ppo.runtime.tp_rank == 0
-    with settled_parameters(ppo.actor.model), Journal(ppo.folder, "rollouts", ppo.group, writes) as journal:
-        generations = generate(ppo.engine, inputs, samplings, names, journal, ppo.heartbeat.beat, ended)
+    with (
+        settled_parameters(ppo.actor.model),
+        Journal(ppo.folder, "rollouts", ppo.group, writes) as journal,
+        judging as judge_a_little,
+    ):
+
+        def beat() -> None:
+            ppo.heartbeat.beat()
+            judge_a_little()
+
+        generations = generate(ppo.engine, inputs, samplings, names, journal, beat, ended)
     return [
         rollout(name, generation)
         for each, made in zip(names, generations, strict=True)

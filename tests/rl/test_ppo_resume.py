@@ -85,5 +85,5 @@ def test_a_run_of_two_ranks_goes_on_from_its_checkpoint(data, tmp_path, worker_p
 
 def test_what_a_complete_checkpoint_holds_is_forgotten(data, tmp_path, worker_pool):
     worker_pool(1).run(run_counting, {"data": str(data), "run_dir": str(tmp_path)})
-    assert not list((tmp_path / "iterations").glob("00000[12]"))
+    assert not list((tmp_path / "iterations").glob("*"))
     assert len(list((tmp_path / "rollouts").glob("*.jsonl"))) == 3

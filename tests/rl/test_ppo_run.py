@@ -160,19 +160,51 @@ def test_a_pipelined_policy_is_refused_with_the_nearest_layout(data, tmp_path, w
         worker_pool(2).run(run, {"data": str(data), "run_dir": str(tmp_path), "extra": extra})
 
 
-def test_a_judge_on_the_same_devices_is_asked_and_its_failures_mask_their_samples(data, tmp_path, worker_pool):
-    """A model that was never taught to judge: it writes no verdict, so nothing may be trained, and nothing may break."""
-    judge = {"data": str(data), "run_dir": str(tmp_path / "judge"), "extra": ("training.steps=3",)}
-    worker_pool(2).run("training.toy_run:train", judge)
-    extra = (
-        f"rl.judge={{run: {tmp_path / 'judge'}, max_tokens: 8, retries: 1, failure_limit: 1.0, instructions: brief}}",
-        "rl.colocation.offload=on", "megatron.transformer.tensor_model_parallel_size=2",
-        "generation.cache_tokens=2048", "generation.max_length=0", "rl.iterations=2",
-    )  # fmt: skip
-    worker_pool(2).run(run, {"data": str(data), "run_dir": str(tmp_path / "ppo"), "extra": extra, "judge": None})
-    for line in read_metrics(tmp_path / "ppo"):
-        assert line["judge/masked"] == 1 and line["trained_samples"] == 0 and line["kl"] == 0
-        assert line["reward/preference_failed"] + line["reward/rubric_failed"] == 8
+@pytest.fixture(scope="module")
+def untaught(data, tmp_path_factory, worker_pool):
+    """A run to judge with that was never taught to judge: it writes no verdict."""
+    folder = tmp_path_factory.mktemp("judge")
+    worker_pool(2).run("training.toy_run:train", {"data": str(data), "run_dir": str(folder), "extra": ("training.steps=3",)})
+    return f"rl.judge={{run: {folder}, max_tokens: 8, retries: 1, failure_limit: 1.0, instructions: brief}}"
+
+
+def answers(rank: int, world_size: int, **arguments) -> list[dict[str, list[int]]]:
+    """Run PPO; what the judge on the same devices wrote in every iteration."""
+    from unittest import mock
+
+    from step_megatron.rl.judge.phase import ColocatedJudging
+
+    found = []
+    finish = ColocatedJudging.finish
+
+    def watched(self, pairs):
+        judgments = finish(self, pairs)
+        found.append({key: value["tokens"] for key, value in self._journal.known.items()})
+        return judgments
+
+    with mock.patch.object(ColocatedJudging, "finish", watched):
+        run(rank, world_size, **arguments, judge=None)
+    return found
+
+
+@pytest.mark.parametrize("transformer", ["{tensor_model_parallel_size: 2}", "{}"])
+def test_a_judge_on_the_same_devices_answers_alike_beside_generation_and_after_it(
+    data, untaught, tmp_path, worker_pool, transformer
+):
+    """Its answers are no verdicts: every sample is masked, nothing is trained, nothing breaks."""
+    found = {}
+    for offload in ("on", "off"):
+        extra = (untaught, f"rl.colocation.offload={offload}", f"megatron.transformer={transformer}", "rl.iterations=2",
+                 "generation.cache_tokens=2048", "training.save_interval=5")  # fmt: skip
+        arguments = {"data": str(data), "run_dir": str(tmp_path / offload), "extra": extra}
+        found[offload], other = worker_pool(2).run(answers, arguments)
+        assert found[offload] == other, "every rank knows all answers"
+        for line in read_metrics(tmp_path / offload):
+            assert line["judge/masked"] == 1 and line["trained_samples"] == 0 and line["kl"] == 0
+            assert line["reward/preference_failed"] + line["reward/rubric_failed"] == 8
+    assert found["on"] == found["off"]
+    # Two orders of eight pairs, each asked again once.
+    assert [len(iteration) for iteration in found["on"]] == [32, 32]
 
 
 def test_with_adapters_the_reference_is_the_policy_without_them(data, tmp_path, worker_pool):

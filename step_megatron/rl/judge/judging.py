@@ -99,23 +99,20 @@ class _Question:
 def judge_pairs(pairs: Sequence[Pair], judge: Judge, settings: JudgeConfig, seed: int) -> list[Judgment]:
     """Judge pairs, in order; the judge sees as many at once as there are left to ask."""
     scale = Scale(settings.levels)
-    by_pair = [
-        [
-            _Question(pair, swapped, build_prompt(pair, swapped, scale, settings.instructions, settings.max_characters))
-            for swapped in _orders(pair, settings, seed)
-        ]
-        for pair in pairs
-    ]
+    by_pair = [_questions(pair, settings, seed, scale) for pair in pairs]
     for attempt in range(1 + settings.retries):
         open_ones = [q for questions in by_pair for q in questions if q.verdict is None and not q.given_up]
         if not open_ones:
             break
-        requests = [
-            Request(q.prompt, q.pair, q.is_swapped, _seed(seed, q.pair.id, int(q.is_swapped), attempt)) for q in open_ones
-        ]
+        requests = [_request(question, seed, attempt) for question in open_ones]
         for question, answer in zip(open_ones, judge.answer(requests), strict=True):
             _read(question, answer, scale)
     return [_conclude(questions, scale) for questions in by_pair]
+
+
+def first_requests(pair: Pair, settings: JudgeConfig, seed: int) -> list[Request]:
+    """What `judge_pairs` asks about a pair first: so that it may be asked beforehand."""
+    return [_request(question, seed, 0) for question in _questions(pair, settings, seed, Scale(settings.levels))]
 
 
 def summarise(judgments: Sequence[Judgment]) -> dict[str, float]:
@@ -144,6 +141,18 @@ def check_failures(masked: float, judged: float, limit: float, example: str = ""
             f"{masked:g} of {judged:g} judgments failed, more than rl.judge.failure_limit={limit:g}{example and f' ({example})'};"
             " look at the judge's answers: is it trained to write verdicts, does its context hold the prompts, is it up?"
         )
+
+
+def _questions(pair: Pair, settings: JudgeConfig, seed: int, scale: Scale) -> list[_Question]:
+    return [
+        _Question(pair, swapped, build_prompt(pair, swapped, scale, settings.instructions, settings.max_characters))
+        for swapped in _orders(pair, settings, seed)
+    ]
+
+
+def _request(question: _Question, seed: int, attempt: int) -> Request:
+    name = (question.pair.id, int(question.is_swapped), attempt)
+    return Request(question.prompt, question.pair, question.is_swapped, _seed(seed, *name))
 
 
 def _orders(pair: Pair, settings: JudgeConfig, seed: int) -> tuple[bool, ...]:
