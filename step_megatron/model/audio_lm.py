@@ -66,7 +66,9 @@ class AudioLanguageModel(MegatronModule):
         self._predicted: torch.Tensor | None = None
         if self.post_process:
             self.language_model.decoder.register_forward_hook(self._select_predicted)
-            self.value_head = None if head == "language" else ValueHead(transformer.hidden_size, device)
+            self.value_head = None
+            if head != "language":
+                self.value_head = ValueHead(transformer.hidden_size, device, transformer.params_dtype)
             if head == "value":
                 # As many weights as the embeddings, and nothing reads them; Megatron writes them only of a stage that has them.
                 self.language_model.output_layer, self.language_model.post_process = None, False

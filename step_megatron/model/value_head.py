@@ -7,15 +7,16 @@ NAME = "value_head"
 
 
 class ValueHead(torch.nn.Module):
-    """v = w h + b, in float32 whatever the hidden states are in; whole on every tensor-parallel rank.
+    """v = w h + b, computed in float32; whole on every tensor-parallel rank.
 
-    It begins at zero, so that a critic that begins as the policy expects nothing, and the first advantages are the rewards.
+    Its parameters have the type of the model's: Megatron's distributed optimizer saves one type only. The optimizer's own copy is
+    exact. It begins at zero: a critic that begins as the policy expects nothing, and the first advantages are the rewards.
     """
 
-    def __init__(self, width: int, device: torch.device):
+    def __init__(self, width: int, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1, width, device=device))
-        self.bias = torch.nn.Parameter(torch.zeros(1, device=device))
+        self.weight = torch.nn.Parameter(torch.zeros(1, width, device=device, dtype=dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[n, width]` -> `[n]` float32 (float64 for float64)."""

@@ -22,6 +22,7 @@ from step_megatron.config.schema import Config
 from step_megatron.data.clip_lengths import ClipLengths
 from step_megatron.data.mixture import shuffled
 from step_megatron.data.rl_prompts import RLPrompt
+from step_megatron.data.sources import DataError
 from step_megatron.evaluation.files import write_jsonl
 from step_megatron.generation.engine import Engine
 from step_megatron.generation.rendering import Rendering
@@ -66,7 +67,7 @@ class PPO:
     rendering: Rendering
     lengths: ClipLengths
     audio: EncodedAudio | None
-    engine: Engine | None
+    engine: Engine
     batcher: ResponseBatcher
     actor: Learner
     critic: Learner | None
@@ -110,18 +111,23 @@ def iterate(ppo: PPO) -> dict[str, float]:
     if ppo.runtime.rank == 0:
         write_jsonl(Path(ppo.config.run.dir) / "rollouts" / f"{ppo.iteration + 1:06d}.jsonl", measures.records())
     ppo.kl.update(measures.kl, int(experience.valid.sum()))
-    if ppo.engine is not None:
-        ppo.engine.weights_changed()
+    ppo.engine.weights_changed()
     ppo.iteration += 1
     return metrics
 
 
 def listen(ppo: PPO, prompts: list[RLPrompt]) -> tuple[list[RLPrompt], Clips]:
-    """The prompts whose clips can be read, and the clips."""
+    """The prompts whose clips can be read, and the clips.
+
+    Raises:
+        DataError: there is none; on every rank.
+    """
     if ppo.audio is None:
         return prompts, {}
     clips = ppo.audio.fetch([address for prompt in prompts for address in prompt.conversation.audio_addresses()])
     good = [p for p in prompts if all(clips[address] is not None for address in p.conversation.audio_addresses())]
+    if not good:
+        raise DataError(f"no prompt of iteration {ppo.iteration + 1} has clips that can be read; quarantine.jsonl says why")
     return good, {address: clip for address, clip in clips.items() if clip is not None}
 
 

@@ -118,7 +118,7 @@ def residents_of(
     actor: Learner,
     critic: Learner | None,
     reference: list[torch.nn.Module] | None,
-    engine: Engine | None,
+    engine: Engine,
     judge: tuple[ColocatedJudging, torch.nn.Module] | None,
     encoder: torch.nn.Module | None,
 ) -> dict[str, Sleeper]:
@@ -141,8 +141,7 @@ def residents_of(
     for name, learner in learners.items():
         residents[f"{name}.optimizer"] = Resident(partial(_optimizer_state, learner.state))
         residents[f"{name}.gradients"] = Resident(partial(_gradients, learner.state), keeps=False)
-    if engine is not None:
-        residents["actor.cache"] = Cache(engine)
+    residents["actor.cache"] = Cache(engine)
     if judge is not None:
         residents["judge.cache"] = Cache(judge[0].engine)
     return residents
