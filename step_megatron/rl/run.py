@@ -87,7 +87,7 @@ def run_ppo(config: Config, judge: Judge | None = None) -> dict[str, Any]:
     runtime = initialize(config)
     try:
         group = dist.group.WORLD if runtime.backend == "gloo" else dist.new_group(backend="gloo", timeout=runtime.timeout)
-        with Interruption(group) as interruption, closing_run(config, runtime, group, judge) as run:
+        with Interruption(group) as interruption, opened_run(config, runtime, group, judge) as run:
             last = run.train(interruption)
         return {
             "run_dir": config.run.dir,
@@ -208,7 +208,7 @@ def _learners(ppo: PPO) -> dict[str, Learner]:
 
 
 @contextmanager
-def closing_run(config: Config, runtime: Runtime, group: dist.ProcessGroup, judge: Judge | None = None) -> Iterator[Run]:
+def opened_run(config: Config, runtime: Runtime, group: dist.ProcessGroup, judge: Judge | None = None) -> Iterator[Run]:
     """Everything of a run, at the iteration of its newest checkpoint or at 0; collective over all ranks."""
     with ExitStack() as ending:
         yield _build(config, runtime, group, judge, ending)
