@@ -47,7 +47,7 @@ def merge_audio_embeddings(tokens: torch.Tensor, audio: torch.Tensor, positions:
         ValueError: if the counts or the trailing shapes or dtypes disagree (host metadata only). `check_audio_counts` says whose.
     """
     _check(tokens, audio, positions)
-    return _op(tokens, audio, positions)
+    return _op(tokens, audio, positions, registry.backend(OP, tokens))
 
 
 def merge_audio_embeddings_(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def merge_audio_embeddings_(tokens: torch.Tensor, audio: torch.Tensor, positions
     owner = tokens if tokens._base is None else tokens._base
     if torch.is_grad_enabled() and owner.is_leaf and owner.requires_grad:
         raise ValueError(f"{OP}_: the tokens are a leaf that requires gradients and would be overwritten; use {OP}, which copies")
-    return _InPlace.apply(tokens, audio, positions)
+    return _InPlace.apply(tokens, audio, positions, registry.backend(OP, tokens))
 
 
 def _check(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor) -> None:
@@ -99,28 +99,30 @@ def check_audio_counts(names: Sequence[str], placeholders: Sequence[int], embedd
 
 
 @operator("step::merge_audio_embeddings")
-def _op(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _op(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor, backend: str) -> torch.Tensor:
     out = tokens.clone(memory_format=torch.contiguous_format)
-    _place(out, audio, positions)
+    _place(out, audio, positions, backend)
     return out
 
 
 @_op.register_fake
-def _(tokens, audio, positions):
+def _(tokens, audio, positions, backend):
     return torch.empty_like(tokens, memory_format=torch.contiguous_format)
 
 
 @operator("step::merge_audio_embeddings_", mutates=("tokens",))
-def _place(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor) -> None:
-    if registry.backend(OP, tokens) == "torch":
+def _place(tokens: torch.Tensor, audio: torch.Tensor, positions: torch.Tensor, backend: str) -> None:
+    if backend == "torch":
         tokens.index_copy_(0, positions, audio)
     else:
         native.ops().merge_audio(audio.contiguous(), positions.contiguous(), tokens)
 
 
 @operator("step::merge_audio_embeddings_backward")
-def _backward_op(gradient: torch.Tensor, positions: torch.Tensor, of_tokens: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    if registry.backend(OP, gradient) == "torch":
+def _backward_op(
+    gradient: torch.Tensor, positions: torch.Tensor, backend: str, of_tokens: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if backend == "torch":
         tokens = gradient.index_fill(0, positions, 0) if of_tokens else gradient.new_empty(0)
         return tokens, gradient.index_select(0, positions)
     gradient = gradient.contiguous()
@@ -133,23 +135,23 @@ def _backward_op(gradient: torch.Tensor, positions: torch.Tensor, of_tokens: boo
 
 
 @_backward_op.register_fake
-def _(gradient, positions, of_tokens):
+def _(gradient, positions, backend, of_tokens):
     tokens = torch.empty_like(gradient, memory_format=torch.contiguous_format) if of_tokens else gradient.new_empty(0)
     return tokens, gradient.new_empty(positions.shape[0], *gradient.shape[1:])
 
 
-def _keep_positions(ctx, inputs, output):
-    ctx.save_for_backward(inputs[2])
+def _save(ctx, inputs, output):
+    _, _, positions, ctx.backend = inputs
+    ctx.save_for_backward(positions)
 
 
-def _gradients(ctx, gradient):
-    (positions,) = ctx.saved_tensors
-    of_tokens, of_audio, _ = ctx.needs_input_grad
-    tokens, audio = _backward_op(gradient, positions, of_tokens)
-    return tokens if of_tokens else None, audio if of_audio else None, None
+def _differentiate(ctx, gradient):
+    of_tokens, of_audio, *_ = ctx.needs_input_grad
+    tokens, audio = _backward_op(gradient, *ctx.saved_tensors, ctx.backend, of_tokens)
+    return tokens if of_tokens else None, audio if of_audio else None, None, None
 
 
-_op.register_autograd(_gradients, setup_context=_keep_positions)
+_op.register_autograd(_differentiate, setup_context=_save)
 
 
 class _InPlace(torch.autograd.Function):
@@ -162,12 +164,12 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         _place(*inputs)
-        _keep_positions(ctx, inputs, None)
+        _save(ctx, inputs, None)
         return inputs[0].detach()
 
     @staticmethod
     def backward(ctx, gradient):
-        return _gradients(ctx, gradient)
+        return _differentiate(ctx, gradient)
 
 
 def cuda_kernels():

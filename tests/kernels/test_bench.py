@@ -1,5 +1,6 @@
 """The bench of the ops: contestants must agree, the absent are said, the tightest comparison is reported, all is written."""
 
+import contextlib
 import csv
 import json
 import math
@@ -82,6 +83,25 @@ def test_extra_memory_is_the_peak_above_what_was_held_without_the_results():
 def test_a_contestant_may_use_its_own_layout(takes):
     padded = Contestant("padded", lambda: lambda: torch.tensor([[1.0, 0.0]]), comparable=lambda x: x[:, 0])
     assert not measure(Case("op", "s", [Contestant("ours", takes()), padded]), 1, CPU).absent
+
+
+def test_a_contestant_runs_within_what_it_asks_for_and_entering_is_not_timed(takes):
+    inside = []
+
+    @contextlib.contextmanager
+    def surroundings():
+        takes(seconds=1.0)()()
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def prepare():
+        assert inside
+        run = takes(seconds=0.01)()
+        return lambda: run() if inside else pytest.fail("run outside")
+
+    measured = measure(Case("op", "s", [Contestant("ours", prepare, within=surroundings), Contestant("other", takes())]), 2, CPU)
+    assert not inside and measured.seconds["ours"] == pytest.approx([0.01, 0.01])
 
 
 def test_percentiles():

@@ -250,6 +250,28 @@ def test_liger_kernel_agrees(dtype):
         assert error <= tolerance * largest, f"{name} is off by {error:.1e} of {largest:.1e}"
 
 
+class LossAfresh(torch.autograd.Function):
+    """The loss mode for a check that differentiates several times: its gradients are formed once, so it is called each time."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        return linear_cross_entropy(*inputs)[0]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, weight, labels, token_weights = ctx.saved_tensors
+        leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        with torch.enable_grad():
+            total, _ = linear_cross_entropy(*leaves, labels, token_weights)
+        return *torch.autograd.grad(total, leaves, gradient), None, None
+
+
+def test_loss_passes_gradcheck():
+    arguments = *inputs(4, 3, 7, torch.float64), torch.tensor([1.0, 0.0, 0.5, 2.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(LossAfresh.apply, arguments)
+
+
 def test_log_probs_pass_gradcheck():
     hidden, weight, labels = inputs(4, 3, 7, torch.float64)
     assert torch.autograd.gradcheck(lambda *each: linear_log_probs(*each, labels), (hidden, weight))

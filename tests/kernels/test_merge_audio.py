@@ -147,10 +147,10 @@ def test_cuda_moves_rows_that_are_not_aligned():
 @pytest.mark.parametrize("count", [0, 2])
 def test_registration(count):
     values = torch.randn(5, 1, 4, requires_grad=True), torch.randn(count, 1, 4, requires_grad=True), torch.arange(count)
-    torch.library.opcheck(_op.registered, values)
-    torch.library.opcheck(_place.registered, tuple(each.detach() for each in values))
-    torch.library.opcheck(_backward_op.registered, (torch.randn(5, 1, 4), torch.arange(count), True))
-    torch.library.opcheck(_backward_op.registered, (torch.randn(5, 1, 4), torch.arange(count), False))
+    torch.library.opcheck(_op.registered, (*values, "cpp"))
+    torch.library.opcheck(_place.registered, (*(each.detach() for each in values), "cpp"))
+    for of_tokens in (True, False):
+        torch.library.opcheck(_backward_op.registered, (torch.randn(5, 1, 4), torch.arange(count), "cpp", of_tokens))
 
 
 def test_merge_refuses_what_does_not_fit():

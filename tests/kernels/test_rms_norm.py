@@ -41,6 +41,11 @@ def check(shape):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_pass_gradcheck():
+    x, weight, _ = tensors((3, 2, 5), torch.float64)
+    assert torch.autograd.gradcheck(lambda *each: rms_norm(*each, EPS), (x, weight))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_and_an_input_that_are_not_contiguous(backend):
     with forced(backend):

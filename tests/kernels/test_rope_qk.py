@@ -43,6 +43,11 @@ def test_equals_the_definition_in_float64_with_its_gradients(backend, tokens, he
         assert_as_good_as_plain(*each)
 
 
+def test_gradients_pass_gradcheck():
+    query, key, cos, sin, *_ = (each.double() for each in inputs(3, 4, 2, 6))
+    assert torch.autograd.gradcheck(lambda *each: rope_qk(*each, cos, sin), (query.requires_grad_(), key.requires_grad_()))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_slices_of_a_fused_projection_are_taken(backend):
     query, key, cos, sin, *_ = inputs(7, 4, 2, 16)

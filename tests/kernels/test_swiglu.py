@@ -41,6 +41,10 @@ def test_equals_the_definition_in_float64_with_its_gradient(backend, shape, widt
         assert_as_good_as_plain(*each)
 
 
+def test_gradients_pass_gradcheck():
+    assert torch.autograd.gradcheck(swiglu, inputs((3, 2), 4)[0].detach().double().requires_grad_())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gates_far_from_zero_are_open_or_shut_and_nan_is_seen(backend):
     gate = torch.tensor([[-1e4], [-100.0], [0.0], [100.0], [1e4], [float("nan")]])

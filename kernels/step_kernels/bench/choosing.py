@@ -81,7 +81,8 @@ def _choose(op: str, dtype: torch.dtype, dim: int, repeats: int, device: torch.d
 
 def _fails(contestant: Contestant) -> str:
     try:
-        contestant.prepare()
+        with contestant.within():
+            contestant.prepare()
     except Absent as reason:
         return str(reason)
     return ""

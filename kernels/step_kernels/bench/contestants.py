@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -32,7 +33,7 @@ def ours(op: str, work: Work, device: torch.device) -> list[Contestant]:
     if not live:
         why = "; ".join(reason for reason in backends.values() if reason) or "no backend but torch is written"
         return [Contestant("ours", _absent(f"{op}: {why}"))]
-    return [Contestant(f"ours ({name})", lambda name=name: by(name, work)) for name in live]
+    return [Contestant(f"ours ({name})", lambda: work, within=partial(forced, name)) for name in live]
 
 
 def backend(title: str, op: str, name: str, work: Work, device: torch.device) -> Contestant:
@@ -41,14 +42,13 @@ def backend(title: str, op: str, name: str, work: Work, device: torch.device) ->
     def prepare() -> Work:
         if reason := registry.backends_of(op, device)[name]:
             raise Absent(reason)
-        run = by(name, work)
         try:
-            run()
+            work()
         except (RuntimeError, ValueError, AssertionError) as error:
             raise Absent(f"fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-        return run
+        return work
 
-    return Contestant(title, prepare)
+    return Contestant(title, prepare, within=partial(forced, name))
 
 
 def eager(work: Work, limit: float | None, **more) -> Contestant:

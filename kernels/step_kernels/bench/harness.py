@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -37,6 +38,7 @@ class Contestant:
         limit: ours has to be at least this many times as fast; None where nothing is asked for.
         memory_limit: ours may use at most this share of its extra peak memory; None where nothing is asked for.
         comparable: brings each result into the layout of ours, for the comparison only (a padded batch becomes packed).
+        within: what it is prepared and run in, such as a choice of backend; entering it is not timed.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Contestant:
     limit: float | None = None
     memory_limit: float | None = None
     comparable: Callable[[torch.Tensor], torch.Tensor] | None = None
+    within: Callable[[], AbstractContextManager] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -102,31 +105,32 @@ def measure(case: Case, repeats: int | None, device: torch.device) -> Measured:
     works: dict[str, Work] = {}
     times: dict[str, int] = {}
     expected = None
+    within = {contestant.name: contestant.within for contestant in case.contestants}
     for contestant in case.contestants:
         _say(f"{case.op} {case.shape}: preparing {contestant.name}")
-        start = time.perf_counter()
-        try:
-            work = contestant.prepare()
-            begun = time.perf_counter()
-            result = _tensors(work())
-            if contestant.comparable:
-                result = [contestant.comparable(each) for each in result]
-        except Absent as reason:
-            measured.absent[contestant.name] = str(reason)
-            continue
-        _wait(device)
-        measured.first_run[contestant.name] = time.perf_counter() - start
-        # What takes seconds is run once a sample; to find that out by another run would take as long as a round.
-        if time.perf_counter() - begun > 100 * _SAMPLE_SECONDS:
-            times[contestant.name] = 1
-        expected = expected or (contestant.name, result)
-        _agree(case, contestant.name, result, *expected)
-        if case.memory:
+        with contestant.within():
+            start = time.perf_counter()
+            try:
+                work = contestant.prepare()
+                begun = time.perf_counter()
+                result = _tensors(work())
+                if contestant.comparable:
+                    result = [contestant.comparable(each) for each in result]
+            except Absent as reason:
+                measured.absent[contestant.name] = str(reason)
+                continue
+            _wait(device)
+            measured.first_run[contestant.name] = time.perf_counter() - start
+            expected = expected or (contestant.name, result)
+            # What takes seconds is run once a sample; to find that out by another run would take as long as a round.
+            slow = time.perf_counter() - begun > 100 * _SAMPLE_SECONDS
+            _agree(case, contestant.name, result, *expected)
             del result
-            measured.extra_bytes[contestant.name] = extra_bytes(work, device)
+            if case.memory:
+                measured.extra_bytes[contestant.name] = extra_bytes(work, device)
+            times[contestant.name] = 1 if slow else _inner(work, device)
         works[contestant.name] = work
     del expected
-    times = {name: times.get(name) or _inner(work, device) for name, work in works.items()}
     measured.seconds = {name: [] for name in works}
     if measured.ours not in works:
         return measured
@@ -134,7 +138,8 @@ def measure(case: Case, repeats: int | None, device: torch.device) -> Measured:
     for index in range(repeats):
         _say(f"{case.op} {case.shape}: round {index + 1} of {repeats}")
         for name, work in works.items():
-            measured.seconds[name].append(_time(work, times[name], device))
+            with within[name]():
+                measured.seconds[name].append(_time(work, times[name], device))
     _say("")
     return measured
 

@@ -149,20 +149,13 @@ def fused_cases(device: torch.device) -> list[Case]:
     return cases
 
 
-class _Made(torch.autograd.Function):
-    """A leaf's memory as the result of a function, as an embedding's is in the model: no leaf, and no view of one."""
-
-    @staticmethod
-    def forward(ctx, leaf):
-        return leaf.new_empty(0).set_(leaf.detach())
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
+def _made(leaf: torch.Tensor) -> torch.Tensor:
+    """A leaf's memory as the result of a function, as an embedding's is in the model: no leaf, and to autograd no view of one."""
+    return torch.ops.aten._unsafe_view.default(leaf, leaf.shape)
 
 
 def _merge(tokens, audio, positions):
-    return merge_audio_embeddings_(_Made.apply(tokens), audio, positions)
+    return merge_audio_embeddings_(_made(tokens), audio, positions)
 
 
 def _index_copy(tokens, audio, positions):
@@ -176,7 +169,7 @@ def _masked_scatter(tokens, audio, positions):
 
 
 def _index_copy_in_place(tokens, audio, positions):
-    return _Made.apply(tokens).index_copy_(0, positions, audio)
+    return _made(tokens).index_copy_(0, positions, audio)
 
 
 def merge_cases(device: torch.device) -> list[Case]:
