@@ -37,7 +37,8 @@ Isa isa() {
 #if defined(__x86_64__)
   static const Isa chosen = [] {
     const char* allowed = std::getenv("STEP_KERNELS_ISA");
-    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
     STD_TORCH_CHECK(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
                     "step_kernels needs AVX2 and FMA; set STEP_KERNELS_BACKEND=torch on this processor");
     return wide && !(allowed && std::strcmp(allowed, "avx2") == 0) ? Isa::avx512 : Isa::avx2;

@@ -6,16 +6,18 @@
 
 An op states with `register` which backends it has, for which dtypes. What was measured on this device (`step_kernels.choices`)
 goes before that order, and `STEP_KERNELS_BACKEND` before both: it forces one, or a list in order of preference (`triton,cpp`); a
-backend that an op lacks or that cannot run is then an error, never a silent fallback. Without it a dtype that no faster backend
-covers (float64 on a CPU) goes to torch, and so does an op on a device for which nothing else was written; a missing native
-library is an error all the same, for it is a broken installation. The libraries are passed over where they are not installed.
+backend that an op lacks or that cannot run is then an error, never a silent fallback. It is read once, when this is imported; a
+process changes its mind by `forced`. Without it a dtype that no faster backend covers (float64 on a CPU) goes to torch, and so
+does an op on a device for which nothing else was written; a missing native library is an error all the same, for it is a broken
+installation. The libraries are passed over where they are not installed.
 """
 
 import importlib.metadata
 import os
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -29,6 +31,8 @@ HALF = (torch.bfloat16, torch.float16)
 # Device on which a backend's kernels run; Triton's interpreter runs them on a CPU too, when asked to.
 _DEVICE = {"cuda": "cuda", "triton": "cuda", "flash": "cuda", "te": "cuda", "cpp": "cpu"}
 
+# What `VARIABLE` said: a look at the environment at every call would take as long as a small op.
+in_force = os.environ.get(VARIABLE, "")
 _ops: dict[str, dict[str, frozenset[torch.dtype]]] = {}
 # How often each (op, backend) was chosen in this process.
 chosen: Counter[tuple[str, str]] = Counter()
@@ -44,6 +48,17 @@ def register(op: str, **backends: Collection[torch.dtype]) -> None:
 def registered() -> dict[str, tuple[str, ...]]:
     """The backends of every op, in order of preference."""
     return {op: (*backends, "torch") for op, backends in _ops.items()}
+
+
+@contextmanager
+def forced(backends: str) -> Iterator[None]:
+    """Run ops by other backends than `STEP_KERNELS_BACKEND` says, in its words; empty: by none in particular."""
+    global in_force
+    before, in_force = in_force, backends
+    try:
+        yield
+    finally:
+        in_force = before
 
 
 def backend(op: str, tensor: torch.Tensor, unfit: Mapping[str, str] | None = None) -> str:
@@ -86,8 +101,8 @@ def decide(
     Arguments and errors as in `backend`; `width` is the last dimension.
     """
     unfit = unfit or {}
-    if forced := os.environ.get(VARIABLE, ""):
-        return _forced(op, device, dtype, forced, unfit), f"forced by {VARIABLE}={forced}"
+    if in_force:
+        return _forced(op, device, dtype, unfit), f"forced by {VARIABLE}={in_force}"
     measured = choices.find(device, op, dtype, width)
     if measured and _can_follow(measured, device, dtype, unfit):
         return measured.backend, measured.why()
@@ -192,31 +207,33 @@ def _can_follow(measured: choices.Choice, device: torch.device, dtype: torch.dty
 
 
 def _preferred(op: str, device: torch.device, dtype: torch.dtype, unfit: Mapping[str, str]) -> tuple[str, str]:
-    written = [name for name in _ops[op] if _DEVICE[name] == device.type]
-    for name in written:
-        if dtype not in _ops[op][name] or name in unfit:
+    passed_over = False
+    for name, dtypes in _ops[op].items():
+        if _DEVICE[name] != device.type:
             continue
-        if reason := _unavailable(name, device.type):
-            if name in LIBRARIES:
-                continue
-            raise RuntimeError(f"{op}: {reason}, or set {VARIABLE}=torch to run the op in plain torch")
-        return name, "first of its order" if name == written[0] else "first of its order that takes it"
-    return "torch", "no other takes it" if written else f"the only one on {device.type}"
+        if dtype in dtypes and name not in unfit:
+            reason = _unavailable(name, device.type)
+            if not reason:
+                return name, "first of its order that takes it" if passed_over else "first of its order"
+            if name not in LIBRARIES:
+                raise RuntimeError(f"{op}: {reason}, or set {VARIABLE}=torch to run the op in plain torch")
+        passed_over = True
+    return "torch", "no other takes it" if passed_over else f"the only one on {device.type}"
 
 
-def _forced(op: str, device: torch.device, dtype: torch.dtype, forced: str, unfit: Mapping[str, str]) -> str:
-    wanted = [name.strip() for name in forced.split(",")]
+def _forced(op: str, device: torch.device, dtype: torch.dtype, unfit: Mapping[str, str]) -> str:
+    wanted = [name.strip() for name in in_force.split(",")]
     if unknown := [name for name in wanted if name not in BACKENDS]:
-        raise RuntimeError(f"{VARIABLE}={forced}: {unknown[0]!r} is not a backend; there are {', '.join(BACKENDS)}")
+        raise RuntimeError(f"{VARIABLE}={in_force}: {unknown[0]!r} is not a backend; there are {', '.join(BACKENDS)}")
     mine = [name for name in wanted if name == "torch" or name in _ops[op]]
     if not mine:
-        raise RuntimeError(f"{VARIABLE}={forced}: {op} has {', '.join(registered()[op])}; add one of them to the list")
+        raise RuntimeError(f"{VARIABLE}={in_force}: {op} has {', '.join(registered()[op])}; add one of them to the list")
     fit = [name for name in mine if name not in unfit and takes(op, name, dtype)]
     if not fit:
         refused = unfit.get(mine[0], dtype)
-        raise RuntimeError(f"{VARIABLE}={forced}: {op} by {mine[0]} does not take {refused}; add torch to the list")
+        raise RuntimeError(f"{VARIABLE}={in_force}: {op} by {mine[0]} does not take {refused}; add torch to the list")
     if reason := _unavailable(fit[0], device.type):
-        raise RuntimeError(f"{VARIABLE}={forced}: {op} cannot use {fit[0]}: {reason}")
+        raise RuntimeError(f"{VARIABLE}={in_force}: {op} cannot use {fit[0]}: {reason}")
     return fit[0]
 
 

@@ -9,6 +9,7 @@ Source: Su et al., RoFormer (arXiv:2104.09864); PagedAttention (Kwon et al. 2023
 """
 
 import torch
+from torch import Tensor
 
 from step_kernels import native, registry
 from step_kernels.operators import operator
@@ -19,13 +20,8 @@ registry.register(OP, cpp=(torch.float32,))
 
 
 def rope_to_cache_reference(
-    qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slots: torch.Tensor,
-) -> torch.Tensor:
+    qkv: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+) -> Tensor:
     """Define the op in plain torch; arguments as in `rope_to_cache`."""
     query, key = rope_qk_reference(qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], cos, sin)
     for cache, new in ((key_cache, key), (value_cache, qkv[:, :, -1])):
@@ -33,14 +29,7 @@ def rope_to_cache_reference(
     return query
 
 
-def rope_to_cache(
-    qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slots: torch.Tensor,
-) -> torch.Tensor:
+def rope_to_cache(qkv: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> Tensor:
     """Rotate queries and keys, and store keys and values.
 
     Args:
@@ -53,7 +42,7 @@ def rope_to_cache(
         The rotated queries, `[tokens, groups * queries, dim]`, a group's heads side by side.
 
     Raises:
-        ValueError: sizes or dtypes that do not fit.
+        ValueError: sizes or dtypes that do not fit, or gradients are asked for.
     """
     tokens, groups, heads, dim = qkv.shape
     if key_cache.shape != value_cache.shape or key_cache.shape[2:] != (groups, dim) or heads < 3 or dim % 2:
@@ -67,18 +56,13 @@ def rope_to_cache(
         raise ValueError(
             f"{OP}: qkv is {qkv.dtype}, cos {cos.dtype}, sin {sin.dtype}, caches {key_cache.dtype}; cast them to one"
         )
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (qkv, cos, sin, key_cache, value_cache)):
+        raise ValueError(f"{OP} is forward only: it serves generation; train by rope_qk")
     return _op(qkv, cos, sin, key_cache, value_cache, slots)
 
 
 @operator("step::rope_to_cache", mutates=("key_cache", "value_cache"))
-def _op(
-    qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slots: torch.Tensor,
-) -> torch.Tensor:
+def _op(qkv: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> Tensor:
     if registry.backend(OP, qkv) == "torch":
         return rope_to_cache_reference(qkv, cos, sin, key_cache, value_cache, slots)
     tokens, groups, heads, dim = qkv.shape

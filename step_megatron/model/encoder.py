@@ -19,7 +19,6 @@ e + 1. With `compat="clean"` the tap reads zero.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -258,7 +257,7 @@ class AudioEncoder(nn.Module):
         device = self.conv1.weight.device
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
         sizes = {name: value for name, value in asdict(self.config).items() if name != "weights"}
-        kernels = (native.describe().get("cpu"), os.environ.get(registry.VARIABLE), *self._backends())
+        kernels = (native.describe().get("cpu"), registry.in_force or None, *self._backends())
         parts = [sizes, self.block, self.compat, _REVISION, torch.__version__, device.type, kind, kernels]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):

@@ -169,10 +169,10 @@ def test_the_native_modules_are_listed_with_their_remedies(monkeypatch):
     check = found("step_kernels._host")
     packing._host.cache_clear()
     assert check.status == "missing" and "host module" in check.detail and "pybind11" in check.remedy
-    monkeypatch.setenv(registry.VARIABLE, "cuda")
+    monkeypatch.setattr(registry, "in_force", "cuda")
     check = found("step_kernels")
     assert check.status == "missing" and "audio_attention_varlen has triton, flash, te, cpp, torch" in check.detail
-    monkeypatch.setenv(registry.VARIABLE, "torch")
+    monkeypatch.setattr(registry, "in_force", "torch")
     assert "by torch, forced by STEP_KERNELS_BACKEND=torch" in found("step_kernels").detail
 
 

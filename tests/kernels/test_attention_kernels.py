@@ -1,9 +1,7 @@
 """Packed attention, bidirectional and causal: equals its definition in float64 by every backend, log-sum-exp and gradients
 included; segments never mix; a segment's bits depend on itself alone."""
 
-import os
 from collections.abc import Sequence
-from unittest import mock
 
 import pytest
 import torch
@@ -261,7 +259,7 @@ def test_sizes_that_the_kernels_do_not_take_go_to_torch_and_are_counted():
     causal_attention_varlen(*qkv(4, 2, 2, 24), cumulative([4]), [4])
     assert registry.chosen == {("causal_attention_varlen", "torch"): 1}
     with (
-        mock.patch.dict(os.environ, {registry.VARIABLE: "cpp"}),
+        registry.forced("cpp"),
         pytest.raises(RuntimeError, match="take a head dimension of 24"),
     ):
         causal_attention_varlen(*qkv(4, 2, 2, 24), cumulative([4]), [4])

@@ -2,9 +2,7 @@
 right in float64's terms, gradients and log-sum-exp included; a call that a library does not take goes elsewhere or is refused."""
 
 import contextlib
-import os
 import sys
-from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +21,7 @@ SCALE = 0.2
 
 @contextlib.contextmanager
 def forced(name: str):
-    with mock.patch.dict(os.environ, {registry.VARIABLE: LIBRARY[name]}), installed(name):
+    with registry.forced(LIBRARY[name]), installed(name):
         yield
 
 
@@ -126,7 +124,7 @@ def test_calls_that_a_library_does_not_take_are_refused_or_go_to_the_next(monkey
     with installed("flash-attn 2", "te"):
         assert chosen(*leaves) == chosen(*qkv, return_lse=True) == "flash"
         assert chosen(*leaves, return_lse=True) == "torch"
-        monkeypatch.setenv(registry.VARIABLE, "flash")
+        monkeypatch.setattr(registry, "in_force", "flash")
         with pytest.raises(RuntimeError, match="by flash does not take a gradient of the log-sum-exp; add torch to the list"):
             causal_attention_varlen(*leaves, *arguments, return_lse=True)
         with pytest.raises(RuntimeError, match="by flash does not take torch.float32"):
@@ -135,10 +133,10 @@ def test_calls_that_a_library_does_not_take_are_refused_or_go_to_the_next(monkey
             causal_attention_varlen(*inputs(9, 2, 2, 12, torch.bfloat16), *arguments)
         with pytest.raises(RuntimeError, match="by flash does not take a pack of no token"):
             causal_attention_varlen(*inputs(0, 2, 2, 64, torch.bfloat16), cumulative([0]), [0])
-        monkeypatch.setenv(registry.VARIABLE, "te")
+        monkeypatch.setattr(registry, "in_force", "te")
         with pytest.raises(RuntimeError, match="by te does not take a call that asks for the log-sum-exp"):
             causal_attention_varlen(*qkv, *arguments, return_lse=True)
-        monkeypatch.setenv(registry.VARIABLE, "te,flash")
+        monkeypatch.setattr(registry, "in_force", "te,flash")
         assert chosen(*qkv, return_lse=True) == "flash"
 
 

@@ -27,7 +27,7 @@ def file(tmp_path, monkeypatch):
     """The file of choices, not there yet."""
     path = tmp_path / "cache" / "choices.json"
     monkeypatch.setenv(choices.VARIABLE, str(path))
-    monkeypatch.delenv(registry.VARIABLE, raising=False)
+    monkeypatch.setattr(registry, "in_force", "")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(registry, "_said", set())
     # The tests say what a CPU does, wherever they run.
@@ -93,7 +93,7 @@ def test_a_measured_choice_goes_before_the_order_for_its_own_kind_only(monkeypat
         "measured on 2026-02-03 with 1 thread",
         "measured on 2026-02-03 with 4 threads",
     ]
-    monkeypatch.setenv(registry.VARIABLE, "cpp")
+    monkeypatch.setattr(registry, "in_force", "cpp")
     assert ran() == "cpp"
     assert registry.decide(AUDIO, CPU, torch.float32, 64)[1] == "forced by STEP_KERNELS_BACKEND=cpp"
 
@@ -211,7 +211,7 @@ def test_what_computes_an_op_shows_where_it_differs_from_the_order(monkeypatch):
     assert registry.computed_by("cpu") == before
     choices.write([choice(date="2026-03-04", ratio=2.0)])
     assert registry.computed_by("cpu") == before | {f"{AUDIO} float32 64": f"torch {torch.__version__}"}
-    monkeypatch.setenv(registry.VARIABLE, "torch")
+    monkeypatch.setattr(registry, "in_force", "torch")
     assert set(registry.computed_by("cpu").values()) == {f"torch {torch.__version__}"}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from step_kernels import registry, rms_norm
 from step_kernels.rms_norm import _BLOCK, _op, rms_norm_reference
-from support.kernel_checks import backends_here, forced
+from support.kernel_checks import assert_as_good_as_plain, backends_here, forced
 
 EPS = 1e-5
 op = importlib.import_module("step_kernels.rms_norm")  # the module: the package has a function of that name
@@ -30,15 +30,18 @@ def test_equals_the_float64_reference_with_gradients(shape, backend):
         check(shape)
 
 
+def results(function, x, weight, gradient) -> list[torch.Tensor]:
+    out = function(x, weight, EPS)
+    return [out.detach(), *torch.autograd.grad(out, (x, weight), gradient)]
+
+
 def check(shape):
     x, weight, gradient = tensors(shape)
-    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
-    expected = rms_norm_reference(*exact, EPS)
-    actual = rms_norm(x, weight, EPS)
-    torch.testing.assert_close(actual.double(), expected, rtol=2e-6, atol=2e-6)
-    wanted = torch.autograd.grad(expected, exact, gradient.double())
-    for mine, theirs in zip(torch.autograd.grad(actual, (x, weight), gradient), wanted, strict=True):
-        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
+    wide = [each.detach().double().requires_grad_() for each in (x, weight)]
+    exact = results(rms_norm_reference, *wide, gradient.double())
+    plain = results(rms_norm_reference, x, weight, gradient)
+    for each in zip(results(rms_norm, x, weight, gradient), exact, plain, strict=True):
+        assert_as_good_as_plain(*each)
 
 
 def test_gradients_pass_gradcheck():
@@ -54,14 +57,9 @@ def test_a_gradient_and_an_input_that_are_not_contiguous(backend):
 
 def check_turned():
     x, weight, gradient = tensors((6, 4, 32))
-    turned = rms_norm(x.transpose(0, 1), weight, EPS)
-    expected = rms_norm_reference(x.transpose(0, 1), weight, EPS)
-    for mine, theirs in zip(
-        torch.autograd.grad(turned, (x, weight), gradient.transpose(0, 1)),
-        torch.autograd.grad(expected, (x, weight), gradient.transpose(0, 1)),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    expected = results(rms_norm, x.transpose(0, 1).contiguous(), weight, gradient.transpose(0, 1).contiguous())
+    for mine, theirs in zip(results(rms_norm, x.transpose(0, 1), weight, gradient.transpose(0, 1)), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_zeros_stay_zeros():
@@ -71,10 +69,11 @@ def test_zeros_stay_zeros():
     assert torch.equal(out, torch.zeros(2, 8)) and x.grad.isfinite().all()
 
 
-def test_bfloat16_is_computed_in_float32():
-    x, weight, _ = tensors((9, 48), torch.bfloat16)
-    expected = rms_norm_reference(x.float(), weight.float(), EPS)
-    torch.testing.assert_close(rms_norm(x, weight, EPS).float(), expected, rtol=2**-7, atol=2**-8)
+@pytest.mark.parametrize("dtype", registry.HALF)
+def test_half_precision_is_computed_in_float32(dtype):
+    x, weight, _ = tensors((9, 48), dtype)
+    exact, plain = (rms_norm_reference(x.to(kind), weight.to(kind), EPS) for kind in (torch.float64, torch.float32))
+    assert_as_good_as_plain(rms_norm(x, weight, EPS), exact, plain.to(dtype))
 
 
 def test_a_row_does_not_depend_on_the_others():
@@ -103,10 +102,10 @@ def test_a_weight_that_does_not_fit_or_no_column_is_refused(x, weight):
 
 def test_a_weight_of_another_dtype_is_not_for_cpp(monkeypatch):
     x, weight = torch.randn(3, 4), torch.rand(4).bfloat16()
-    monkeypatch.setenv(registry.VARIABLE, "cpp")
+    monkeypatch.setattr(registry, "in_force", "cpp")
     with pytest.raises(RuntimeError, match=r"rms_norm by cpp does not take a weight in torch.bfloat16; add torch"):
         rms_norm(x, weight, EPS)
-    monkeypatch.delenv(registry.VARIABLE)
+    monkeypatch.setattr(registry, "in_force", "")
     torch.testing.assert_close(rms_norm(x, weight, EPS), rms_norm_reference(x, weight.float(), EPS))
 
 

@@ -48,5 +48,11 @@ def test_sizes_that_do_not_fit_are_named():
         rope_to_cache(qkv, cos.double(), sin, keys, values, slots)
 
 
+def test_training_through_it_is_refused():
+    qkv, *others = case(3, 2, 2, 16)
+    with pytest.raises(ValueError, match="forward only"):
+        rope_to_cache(qkv.requires_grad_(), *others)
+
+
 def test_registration():
     torch.library.opcheck(_op.registered, case(3, 2, 2, 16))

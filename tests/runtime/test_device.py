@@ -113,12 +113,12 @@ def test_shutdown_during_an_exception_does_not_wait_for_the_others(worker_pool):
         worker_pool(2).run(fail_while_the_other_rank_never_ends, timeout=5.0)
 
 
-def start_with_kernels(rank, world_size, *, others):
+def start_with_kernels(rank, world_size, *, environment, forced):
     """The error of starting where the ranks after the first have these settings of kernels."""
-    from step_kernels import choices
+    from step_kernels import choices, registry
 
     choices.load.cache_clear()
-    with mock.patch.dict(os.environ, others if rank else {}):
+    with mock.patch.dict(os.environ, environment if rank else {}), registry.forced(forced if rank else ""):
         try:
             initialize(configured())
         except ValueError as error:
@@ -143,18 +143,18 @@ def measured(path, **changes) -> dict[str, str]:
 
 
 def test_a_rank_whose_ops_run_by_other_kernels_is_named(worker_pool, tmp_path):
-    def start(others):
-        return worker_pool(2).run(start_with_kernels, {"others": others})
+    def start(environment, forced=""):
+        return worker_pool(2).run(start_with_kernels, {"environment": environment, "forced": forced})
 
     path = tmp_path / "choices.json"
     # What does not change which kernel runs here is no difference: of another device, or what runs anyway.
     assert start(measured(path, device="NVIDIA H100 80GB HBM3", backend="flash", dtype="bfloat16")) == ["", ""]
-    assert start(measured(path, backend="cpp") | {"STEP_KERNELS_BACKEND": "cpp,torch"}) == ["", ""]
+    assert start(measured(path, backend="cpp"), "cpp,torch") == ["", ""]
     first, second = start(measured(path, backend="torch"))
     assert first == "" and second.startswith(
         f"rank 1 computes audio_attention_varlen float32 64 by torch {torch.__version__}, rank"
     )
-    first, second = start({"STEP_KERNELS_BACKEND": "torch"})
+    first, second = start({}, "torch")
     assert first == "" and "float32 by torch" in second and "rank 0 by cpp avx" in second
 
 

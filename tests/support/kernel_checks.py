@@ -31,7 +31,8 @@ def backends_here(op: str) -> list[str]:
 def forced(backend: str) -> Iterator[None]:
     """Run ops by this backend alone; what an op does not have in it goes to torch."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, {registry.VARIABLE: f"{backend},torch", "TRITON_INTERPRET": "1"}))
+        stack.enter_context(registry.forced(f"{backend},torch"))
+        stack.enter_context(mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}))
         if backend == "cuda":
             stack.enter_context(emulated())
         yield

@@ -1,8 +1,6 @@
 """Who takes part: the backends of an op that run here, eager torch and torch.compile of the same function."""
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 
@@ -12,20 +10,6 @@ from step_kernels import registry
 from step_kernels.bench.harness import Absent, Contestant, Work
 
 
-@contextmanager
-def forced(backend: str) -> Iterator[None]:
-    """Run ops by one backend."""
-    before = os.environ.get(registry.VARIABLE)
-    os.environ[registry.VARIABLE] = backend
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[registry.VARIABLE]
-        else:
-            os.environ[registry.VARIABLE] = before
-
-
 def ours(op: str, work: Work, device: torch.device) -> list[Contestant]:
     """A contestant for every backend of our own that runs on `device`, the preferred one first; torch is the eager one's."""
     backends = {name: why for name, why in registry.backends_of(op, device).items() if name not in registry.LIBRARIES}
@@ -33,7 +17,7 @@ def ours(op: str, work: Work, device: torch.device) -> list[Contestant]:
     if not live:
         why = "; ".join(reason for reason in backends.values() if reason) or "no backend but torch is written"
         return [Contestant("ours", _absent(f"{op}: {why}"))]
-    return [Contestant(f"ours ({name})", lambda: work, within=partial(forced, name)) for name in live]
+    return [Contestant(f"ours ({name})", lambda: work, within=partial(registry.forced, name)) for name in live]
 
 
 def backend(title: str, op: str, name: str, work: Work, device: torch.device) -> Contestant:
@@ -48,7 +32,7 @@ def backend(title: str, op: str, name: str, work: Work, device: torch.device) ->
             raise Absent(f"fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
         return work
 
-    return Contestant(title, prepare, within=partial(forced, name))
+    return Contestant(title, prepare, within=partial(registry.forced, name))
 
 
 def eager(work: Work, limit: float | None, **more) -> Contestant:
@@ -110,7 +94,7 @@ def by(backend: str, work: Callable) -> Callable:
     """The same work with every op by one backend; it is asked for at every call of an op, so nothing is chosen beforehand."""
 
     def run(*arguments):
-        with forced(backend):
+        with registry.forced(backend):
             return work(*arguments)
 
     return run
