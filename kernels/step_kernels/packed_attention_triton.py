@@ -39,6 +39,14 @@ def _store_rows(base, start, rows, token, end, values, DIM: tl.constexpr):
 
 
 @jit
+def _keys_of_rows(first, length, end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """Of a tile of queries: up to where whole blocks of keys are seen by all of them, and where the last key ends."""
+    if CAUSAL:
+        return first // BLOCK_N * BLOCK_N, tl.minimum(first + BLOCK_M, length)
+    return end // BLOCK_N * BLOCK_N, end
+
+
+@jit
 def _seen(scores, queries, keys, end, CAUSAL: tl.constexpr):
     """Minus infinity where a query does not see a key; `queries` and `keys` broadcast to the shape of the scores."""
     mask = keys < end
@@ -59,11 +67,7 @@ def _forward(
     value += head // group * value_head
     rows = first + tl.arange(0, BLOCK_M)
     q = _load_rows(query + head * query_head, start, rows, query_token, length, DIM)
-    whole = end // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        # Keys before the tile's first row are seen by all its rows.
-        whole = first // BLOCK_N * BLOCK_N
-        end = tl.minimum(first + BLOCK_M, length)
+    whole, end = _keys_of_rows(first, length, end, BLOCK_M, BLOCK_N, CAUSAL)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     accumulator = tl.zeros((BLOCK_M, DIM), tl.float32)
@@ -102,10 +106,7 @@ def _backward_query(
     grads = _load_rows(grad_out + head * grad_head, start, rows, grad_token, length, DIM)
     shift = tl.load(lse + (start + rows) * heads + head, mask=rows < length, other=0.0) * 1.4426950408889634
     share = tl.load(delta + (start + rows) * heads + head, mask=rows < length, other=0.0)
-    whole = end // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        whole = first // BLOCK_N * BLOCK_N
-        end = tl.minimum(first + BLOCK_M, length)
+    whole, end = _keys_of_rows(first, length, end, BLOCK_M, BLOCK_N, CAUSAL)
     accumulator = tl.zeros((BLOCK_M, DIM), tl.float32)
     for masked in tl.static_range(2):
         for first_key in range(whole if masked else 0, end if masked else whole, BLOCK_N):

@@ -134,12 +134,7 @@ def test_faults_are_caught(backend):
             "scores = tl.where(keys[:, None] < 99, scores",
         ),
         # A boundary is off by one.
-        (
-            "_forward",
-            False,
-            "whole = end // BLOCK_N * BLOCK_N\n    if CAUSAL:\n        # Keys",
-            "whole = 0 * end\n    end -= 1\n    if CAUSAL:\n        # Keys",
-        ),
+        ("_forward", False, "return end // BLOCK_N * BLOCK_N, end", "return 0 * end, end - 1"),
         # What was summed before is not brought to the new maximum; the sum lacks the maximum; a term has another sign.
         ("_forward", False, "total = total * shrink", "total = total"),
         ("_forward", False, "natural = (top + tl.log2(total))", "natural = tl.log2(total)"),
