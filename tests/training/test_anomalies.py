@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from training.survival import remains, run_rank
-from training.toy_run import train, write_data, write_text
+from training.toy_run import train, write_data
 
 from step_megatron.config.load import ConfigError
 from step_megatron.config.schema import AnomalyConfig
@@ -67,13 +67,6 @@ def test_only_a_step_beyond_the_last_anomaly_ends_a_row():
 def test_a_setting_without_sense_is_named(setting):
     with pytest.raises(ConfigError, match=rf"training.anomaly.{next(iter(setting))}="):
         AnomalyGuard(AnomalyConfig(**setting))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder)
-    return str(folder)
 
 
 def trained_bits(rank, world_size, **kwargs):

@@ -6,17 +6,9 @@ import shutil
 
 import pytest
 from training.survival import remains, run_rank
-from training.toy_run import write_text
 
 SHORT = ("training.steps=8", "training.save_interval=4", "run.log_interval=1", "run.tensorboard=false")
 STEP = ("step_megatron.training.loop", "training_step", 6)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,11 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from training import elastic_worker
 from training.survival import remains, run_rank, settings
-from training.toy_run import write_text
 
 SHORT = ("training.steps=8", "training.save_interval=4", "run.log_interval=3", "run.tensorboard=false")
 
 
-def test_the_ranks_are_restarted_and_go_on_from_the_last_checkpoint(worker_pool, tmp_path, monkeypatch):
-    write_text(tmp_path)
+def test_the_ranks_are_restarted_and_go_on_from_the_last_checkpoint(worker_pool, data, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     # As torchrun --standalone --nproc-per-node 2 --max-restarts 1.
     torchrun = LaunchConfig(
@@ -29,11 +27,11 @@ def test_the_ranks_are_restarted_and_go_on_from_the_last_checkpoint(worker_pool,
     # The agent names the signals that it handles in the environment, and handles none outside of the main thread.
     monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
     with ThreadPoolExecutor(1) as thread:
-        ended = thread.submit(elastic_launch(torchrun, elastic_worker.main), *settings(str(tmp_path), str(run_dir), SHORT))
+        ended = thread.submit(elastic_launch(torchrun, elastic_worker.main), *settings(data, str(run_dir), SHORT))
     assert ended.result() == {0: 0, 1: 0}
     # Killed in step 7: the second life begins with the checkpoint of step 4.
     (log,) = (tmp_path / "logs").glob("*/attempt_1/0/stderr.log")
     assert f"going on from {run_dir}/checkpoints/step_00000004" in log.read_text()
-    whole = worker_pool(2).run(run_rank, {"data": str(tmp_path), "run_dir": str(tmp_path / "whole"), "extra": SHORT})
+    whole = worker_pool(2).run(run_rank, {"data": data, "run_dir": str(tmp_path / "whole"), "extra": SHORT})
     assert remains(run_dir)["metrics"] == remains(tmp_path / "whole")["metrics"]
     assert remains(run_dir)["checkpoints"] == remains(tmp_path / "whole")["checkpoints"] and len(whole) == 2

@@ -6,20 +6,12 @@ layouts' checkpoints are held to the bit in `checkpoint/test_checkpoint_layouts.
 
 import pytest
 from training.survival import LAYOUTS, remains, run_rank
-from training.toy_run import write_text
 
 STEP = ("step_megatron.training.loop", "training_step")
 SHORT = ("training.steps=8", "training.save_interval=3", "training.validation_interval=4", "training.keep_checkpoints=1")
 STATEFUL = {name: LAYOUTS[name] for name in ("dp2-distributed-optimizer", "tp2-sp-fp16")} | {
     "tp2-anomaly": ("megatron.transformer.tensor_model_parallel_size=2", "training.anomaly.max_in_a_row=2"),
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder)
-    return str(folder)
 
 
 def outcome(run_dir, results) -> dict:

@@ -5,14 +5,6 @@ import time
 import pytest
 from support.rank_processes import RankProcesses
 from training.survival import LAYOUTS, Kill, campaign, remains, run_rank, run_to_end
-from training.toy_run import write_text
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -21,9 +13,9 @@ def ranks(tmp_path):
         yield processes
 
 
-def test_five_kills_change_nothing(ranks, data, tmp_path):
+def test_five_kills_change_nothing(ranks, worker_pool, data, tmp_path):
     kwargs = {"data": data, "extra": LAYOUTS["dp2-distributed-optimizer"]}
-    assert run_to_end(ranks, kwargs | {"run_dir": str(tmp_path / "whole")}, []) == 0
+    worker_pool(2).run(run_rank, kwargs | {"run_dir": str(tmp_path / "whole")})
     kills = [
         Kill((0, 1), "in the quarantine"),
         Kill((1,), "before an update"),
