@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,8 @@ SEAL = "seal.json"
 _BUFFER = 1 << 20
 # From here on a piece is summed up on a thread of its own while it is written: neither holds Python's lock.
 _LARGE = 1 << 20
+# Bytes after which the disk is told to begin, so that closing a long file need not wait for all of it.
+_AHEAD = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,20 @@ class SealedFile:
     def __init__(self, path: Path):
         self._file = open(path, "xb", buffering=_BUFFER)
         self._hash = hashlib.sha256()
-        self._summing = ThreadPoolExecutor(1, "sum")
-        self._length = 0
+        # One thread sums up, one waits for the disk.
+        self._threads = ThreadPoolExecutor(2, "sealed-file")
+        self._syncing: Future[None] | None = None
+        self._length = self._synced = 0
         self._error: OSError | None = None
         self.sum: FileSum | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         self._length += len(data)
         if self._error is None:
-            summed = self._summing.submit(self._hash.update, data) if len(data) >= _LARGE else None
+            summed = self._threads.submit(self._hash.update, data) if len(data) >= _LARGE else None
             try:
                 self._file.write(data)
+                self._sync_ahead()
             except OSError as error:
                 self._error = error
             if summed is None:
@@ -83,11 +88,22 @@ class SealedFile:
             if kind is None:
                 self.check()
                 self._file.flush()
+                if self._syncing is not None:
+                    self._syncing.result()
                 os.fsync(self._file.fileno())
                 self.sum = FileSum(self._length, self._hash.hexdigest())
         finally:
-            self._summing.shutdown()
+            self._threads.shutdown()
             _close(self._file)
+
+    def _sync_ahead(self) -> None:
+        if self._length - self._synced < _AHEAD or not (self._syncing is None or self._syncing.done()):
+            return
+        if self._syncing is not None:
+            # The system tells an error of the disk once.
+            self._syncing.result()
+        self._synced = self._length
+        self._syncing = self._threads.submit(os.fdatasync, self._file.fileno())
 
 
 def write_sealed(path: Path, data: bytes) -> FileSum:

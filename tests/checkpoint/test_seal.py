@@ -51,6 +51,33 @@ def test_a_write_that_fails_inside_of_torch_is_the_error_that_is_seen(tmp_path):
     assert caught.value.errno == 28 and file.sum is None
 
 
+def test_large_pieces_and_syncs_ahead_give_the_same_sum(tmp_path, monkeypatch):
+    monkeypatch.setattr(seal, "_LARGE", 5000)
+    monkeypatch.setattr(seal, "_AHEAD", 20_000)
+    pieces = [bytes([number]) * (number * 997 % 9000) for number in range(40)]
+    with SealedFile(tmp_path / "file") as file:
+        for piece in pieces:
+            file.write(piece)
+    data = b"".join(pieces)
+    assert (tmp_path / "file").read_bytes() == data
+    assert file.sum == FileSum(len(data), hashlib.sha256(data).hexdigest())
+
+
+@pytest.mark.parametrize("writes", [1, 5])
+def test_an_error_of_a_sync_ahead_is_not_forgotten(writes, tmp_path, monkeypatch):
+    """The system tells it once: the sync on closing would succeed."""
+
+    def failing(handle):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(seal, "_AHEAD", 1000)
+    monkeypatch.setattr(seal.os, "fdatasync", failing)
+    with pytest.raises(OSError, match="Input/output error"), SealedFile(tmp_path / "file") as file:
+        for _ in range(writes):
+            file.write(bytes(2000))
+    assert file.sum is None
+
+
 def test_a_whole_checkpoint_passes(sealed):
     assert verify(sealed, Ranks()) == []
     assert seal.notes_of(sealed) == {"step": 3, "validation_loss": 0.5}
