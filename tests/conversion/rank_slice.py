@@ -3,13 +3,14 @@
     PYTHONPATH=tests:. python tests/conversion/rank_slice.py RUN RANKS RANK
 
 The other ranks are torch's "fake" group: enough to build the rank's part of the model and to say what it needs. What ranks tell
-each other before a load (who reads which file, whether all have the same parts) is left out. Prints one JSON object, in bytes:
-the slice, what was read from files while it was loaded, and by how much the process's memory grew at most meanwhile.
+each other before a load (who reads which file, whether all have the same parts) is left out. Tells, or prints, one JSON object,
+in bytes: the slice, what was read from files while it was loaded, and by how much the process's memory grew at most meanwhile.
 """
 
 import functools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -74,11 +75,12 @@ def bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
-def main(run_dir: Path, ranks: int, rank: int) -> None:
-    loaded = load(run_dir, ranks, rank)
+def measure(rank: int, world_size: int, tell: Callable[[str], None], *, run_dir: Path, ranks: int, place: int) -> None:
+    """Load what the rank at `place` of `ranks` needs."""
+    loaded = load(run_dir, ranks, place)
     held = sum(parameter.nbytes for parameter in loaded.model.parameters())
-    print(json.dumps({"slice": held, "read": loaded.read, "grown": loaded.grown}))
+    tell(json.dumps({"slice": held, "read": loaded.read, "grown": loaded.grown}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    measure(0, 1, print, run_dir=Path(sys.argv[1]), ranks=int(sys.argv[2]), place=int(sys.argv[3]))

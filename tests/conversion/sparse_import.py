@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests:. python tests/conversion/sparse_import.py FOLDER LAYERS WIDTH FFN HEADS GROUPS VOCABULARY
 
-Models of fewer than 64 layers are exported again. Prints one JSON object: bytes of the checkpoint, peak memory, its peak before,
-bytes on the disk, seconds.
+Models of fewer than 64 layers are exported again. Tells, or prints, one JSON object: bytes of the checkpoint, peak memory, its
+peak before, bytes on the disk, seconds.
 """
 
 import json
@@ -11,6 +11,7 @@ import resource
 import struct
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +59,15 @@ class SparseStream:
         return getattr(self.file, name)
 
 
-def main(folder: Path, layers: int, width: int, ffn: int, heads: int, groups: int, vocabulary: int) -> None:
+def import_holes(rank: int, world_size: int, tell: Callable[[str], None], *, folder: Path, sizes: tuple[int, ...]) -> None:
+    """Import a checkpoint of these layers, width, inner width, heads, groups and vocabulary into `folder/run`."""
     from unittest import mock
 
     from step_megatron.checkpoint import seal
     from step_megatron.conversion.exporting import export_run
     from step_megatron.conversion.importing import import_model
 
+    layers, width, ffn, heads, groups, vocabulary = sizes
     tree = step_audio_tree(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=groups, num_attention_groups=groups,
@@ -87,8 +90,8 @@ def main(folder: Path, layers: int, width: int, ffn: int, heads: int, groups: in
         assert export_run(folder / "run", folder / "back")["bytes"] == total
     disk = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
     result = {"bytes": total, "read": summary["bytes"], "before": before, "peak": peak(), "disk": disk, "seconds": seconds}
-    print(json.dumps(result))
+    tell(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    import_holes(0, 1, print, folder=Path(sys.argv[1]), sizes=tuple(map(int, sys.argv[2:])))
