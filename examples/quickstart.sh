@@ -4,9 +4,10 @@
 #   bash examples/quickstart.sh [CLIPS]
 #
 # Fetches open recordings and a pre-trained Whisper encoder, encodes the clips once, mid-trains a small decoder with tensor
-# parallelism over two processes, evaluates on held-out clips and writes runs/quickstart/report.html. On a CPU by default.
+# parallelism over two processes and evaluates it on held-out clips. Then fine-tunes it on dialogues (SFT), trains a reward model on
+# constructed preferences, and lets it teach the fine-tuned model (PPO). Writes runs/quickstart/report.html. On a CPU by default.
 # Safe to interrupt and run again: what is finished is kept. CLIPS (for example 200) takes only so many clips, for a quick look, into a
-# run of its own (runs/quickstart-200).
+# run of its own (runs/quickstart-200). The later stages are runs in folders of it: sft, reward, ppo.
 #
 # STEP_VENV  the environment to use (default .venv)      STEP_DATA  the folder of downloads (default data)
 # STEP_RUN   the run's folder (default runs/quickstart)  STEP_RANKS processes to train with (default 2)
@@ -30,3 +31,17 @@ stage build step-megatron data build --out "$open" ${clips:+--clips "$clips"}
 stage encode several data encode "${recipe[@]}"
 stage midtrain several train midtrain "${recipe[@]}"
 stage evaluate step-megatron eval --run "$run" --data "$open"
+
+dialogues="$open/dialogues" sft="$run/sft" reward="$run/reward" ppo="$run/ppo"
+later=("tokenizer.path=$dialogues/tokenizer" "data.index=$open/index.jsonl" "audio.cache_dir=$open/encoded"
+    "megatron.transformer.tensor_model_parallel_size=$ranks")
+judge=examples/recipes/quickstart-reward.yaml
+
+stage dialogues unless "$dialogues/SUMMARY.json" step-megatron data build-dialogues --open-speech "$open"
+stage sft several train sft --config examples/recipes/quickstart-sft.yaml "run.dir=$sft" "model.weights=$run" "${later[@]}" \
+    "data.sources=[{name: dialogues, path: $dialogues/train.jsonl, weight: 0.6}, {name: audio, path: $open/train.jsonl, weight: 0.4}]"
+stage reward several train reward --config "$judge" "run.dir=$reward" "model.weights=$sft" "${later[@]}" \
+    "data.sources=[{name: judge, path: $open/preferences/judge_train.jsonl}]"
+stage judge unless "$reward/judgments.jsonl" step-megatron judge ask --config "$judge" --run "$reward" \
+    --preferences "$open/preferences/test.jsonl" --out "$reward/judgments.jsonl"
+step-megatron judge calibrate "$open/preferences/test.jsonl" "$reward/judgments.jsonl" --out "$reward/calibration.json"

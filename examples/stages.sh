@@ -2,6 +2,7 @@
 #
 #   stage NAME COMMAND...     runs the command under a headline
 #   several COMMAND...        runs step-megatron in $ranks processes
+#   unless FILE COMMAND...    runs the command where the file that it writes is not there yet
 #
 # The seconds of a stage, all attempts together, are kept for the report (seconds.NAME). Once it has been done (done.NAME) they
 # stay: a later run finds the work done and says nothing about what it costs.
@@ -30,3 +31,5 @@ trap count EXIT
 # The runtime gives every process its share of the cores; torchrun only wants to be told something. After a signal the step is
 # finished and saved: torchrun would wait for 30 s only.
 several() { OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$ranks" --shutdown-timeout 600 -m step_megatron.cli "$@"; }
+
+unless() { [ -e "$1" ] || "${@:2}"; }

@@ -23,3 +23,11 @@ def test_attempts_add_up_and_a_done_stage_costs_nothing_more(tmp_path):
     assert again.returncode == 0 and "== next (the stages before it: 100 s)" in again.stdout
     assert (run / "seconds.train").read_text().strip() == "12" and (run / "seconds.next").read_text().strip() == "0"
     assert not list(run.glob("*.new"))
+
+
+def test_what_has_written_its_file_is_not_done_again(tmp_path):
+    run, file = tmp_path / "run", tmp_path / "file"
+    body = f"unless {file} touch {file}; unless {file} false; echo reached"
+    done = script(run, body)
+    assert done.returncode == 0 and "reached" in done.stdout and file.exists()
+    assert script(run, f"unless {tmp_path / 'other'} false; echo never").returncode == 1

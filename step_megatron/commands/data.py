@@ -76,10 +76,10 @@ def _data_fetch(options) -> None:
 
 def _data_build(options) -> None:
     from step_megatron.data.prepare import prepare
-    from step_megatron.rl.preference_data import open_speech_judgments
+    from step_megatron.rl.preference_data import open_speech_rl_data
 
     out = options.out or options.data / "open-speech"
-    more = partial(open_speech_judgments, seed=options.seed)
+    more = partial(open_speech_rl_data, seed=options.seed)
     summary = prepare(options.data, out, options.max_audio_seconds, options.vocabulary, options.seed, options.clips, more)
     print(f"{out}: {summary['audio_seconds']:.0f} audio-seconds, clips {summary['clips']}")
 

@@ -25,6 +25,8 @@ def add_eval(commands) -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=default_data() / "open-speech")
     parser.add_argument("--ablation", type=Path, help="results.json of another run, such as one without text, shown beside")
+    parser.add_argument("--reward", type=Path, metavar="RUN", help="reward model's run, with `judge calibrate --out`")
+    parser.add_argument("--ppo", type=Path, metavar="RUN", help="PPO run, with `judge compare --out`")
 
 
 def add_chat(commands) -> None:
@@ -69,9 +71,13 @@ def _eval(options) -> None:
 
 def _report(options) -> None:
     from step_megatron.evaluation.report import write_report
+    from step_megatron.evaluation.results import result_line
+    from step_megatron.evaluation.rl_results import with_later_stages
 
-    write_report(options.run, options.data, options.run / "report.html", ablation=options.ablation)
+    results = with_later_stages(options.run, options.reward, options.ppo)
+    write_report(options.run, options.data, options.run / "report.html", None, options.ablation, options.reward, options.ppo)
     print(options.run / "report.html")
+    print(result_line(results))
 
 
 def _chat(options) -> None:

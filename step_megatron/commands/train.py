@@ -49,6 +49,14 @@ def add_judge(commands) -> None:
     parser.add_argument("judgments", type=Path, metavar="JUDGMENTS.jsonl")
     parser.add_argument("--levels", type=int, default=7, help="of the scale (rl.judge.levels)")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path, metavar="CALIBRATION.json", help="write it down as well")
+    text = "how often a run's replies beat another run's on held-out prompts, judged by a program"
+    parser = command(judge, "compare", _judge_compare, text)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--against", type=Path, required=True, metavar="RUN")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="PROMPTS.jsonl", help="with meta.checks")
+    parser.add_argument("--out", type=Path, required=True, metavar="COMPARISON.json")
+    parser.add_argument("--limit", type=int, default=0, help="only the first so many prompts, for a quick look")
 
 
 def _train_midtrain(options) -> int:
@@ -100,13 +108,22 @@ def _judge_ask(options) -> None:
 
 def _judge_calibrate(options) -> None:
     from step_megatron.data.preferences import read_preferences
+    from step_megatron.evaluation.files import write_json
     from step_megatron.rl.calibration import calibrate, report
     from step_megatron.rl.judge.records import read_judgments
     from step_megatron.rl.judge.scale import Scale
 
     preferences = read_preferences(options.preferences)
     found = calibrate(preferences, read_judgments(options.judgments, preferences), Scale(options.levels))
+    if options.out:
+        write_json(options.out, found)
     print(json.dumps(found) if options.json else report(found))
+
+
+def _judge_compare(options) -> None:
+    from step_megatron.rl.win_rate import compare_runs, summary
+
+    print(summary(compare_runs(options.run, options.against, options.prompts, options.out, options.limit)))
 
 
 def _label(options) -> None:

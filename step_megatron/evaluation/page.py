@@ -155,6 +155,11 @@ def task_panels(tasks: Mapping[str, Mapping]) -> str:
     return f'<ul class="key">{key}</ul>' + grid(panels)
 
 
+def facts(rows: Iterable[tuple[str, object]]) -> str:
+    """Names and values, one under the other."""
+    return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows) + "</dl>"
+
+
 def clip_cards(clips: Iterable[Clip]) -> str:
     """A card for every conversation: player, question, reference, answer, what it said about another clip, its reasoning."""
     cards = []
@@ -167,9 +172,8 @@ def clip_cards(clips: Iterable[Clip]) -> str:
         rows.append(("answer", "(none: the reasoning never ended)" if clip.answer is None else clip.answer))
         if clip.other_answer is not None:
             rows.append(("other clip", clip.other_answer))
-        facts = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows)
         reasoning = f"<details><summary>reasoning</summary>{escape(clip.reasoning)}</details>" if clip.reasoning else ""
-        cards.append(f"<h3>{mark}{escape(clip.task.replace('_', ' '))}</h3>{player}<dl>{facts}</dl>{reasoning}")
+        cards.append(f"<h3>{mark}{escape(clip.task.replace('_', ' '))}</h3>{player}{facts(rows)}{reasoning}")
     return grid(cards)
 
 

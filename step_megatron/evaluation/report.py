@@ -23,6 +23,7 @@ from step_megatron.evaluation import page
 from step_megatron.evaluation.charts import Series, line_chart
 from step_megatron.evaluation.files import read_jsonl, write_text
 from step_megatron.evaluation.predictions import Prediction, read_predictions
+from step_megatron.evaluation.rl_report import ppo_section, reward_model_section
 from step_megatron.evaluation.run import sample_predictions
 from step_megatron.evaluation.scoring import normalise_label, split_reply
 from step_megatron.runtime.metrics import read_metrics
@@ -57,7 +58,13 @@ ALWAYS = (
 
 
 def write_report(
-    run_dir: Path, data_dir: Path, out: Path, results_file: Path | None = None, ablation: Path | None = None
+    run_dir: Path,
+    data_dir: Path,
+    out: Path,
+    results_file: Path | None = None,
+    ablation: Path | None = None,
+    reward_run: Path | None = None,
+    ppo_run: Path | None = None,
 ) -> None:
     """Write the report of a run as one self-contained HTML file, whole or not at all.
 
@@ -65,9 +72,10 @@ def write_report(
         run_dir: the run; `results.json` and `predictions.jsonl` are read here unless `results_file` names another place.
         data_dir: where the clips' addresses start.
         ablation: `results.json` of a run without the text-only source, shown beside this one.
+        reward_run, ppo_run: runs of the stages after it, where there are some (`rl_report`).
 
     Raises:
-        FileNotFoundError: if there are no results.
+        FileNotFoundError: if there are no results, or one of those runs lacks its own.
         ValueError: if one of the files is damaged.
     """
     results_file = results_file or run_dir / "results.json"
@@ -82,6 +90,8 @@ def write_report(
         _listening(results),
         _open_answers(results, other),
         _dialogues(results),
+        reward_model_section(reward_run),
+        ppo_section(ppo_run),
         _played(predictions, data_dir),
         _training(metrics),
         page.section("Where the time went", "Wall-clock seconds by stage.", page.stage_table(results["seconds"])),
@@ -125,6 +135,10 @@ def _tiles(results: Mapping) -> list[tuple[str, str]]:
     tiles += [(page.share(tasks[name]["accuracy"]), f"accuracy, {name}") for name in ("language", "tone") if name in tasks]
     tiles.append((page.share(results["transcription"]["cer"]), "character error rate"))
     tiles.append((page.share(results["text_only"]["accuracy"]), "accuracy, text only"))
+    if judge := results.get("reward_model"):
+        tiles.append((page.share(judge["accuracy"]), "accuracy of the reward model"))
+    if ppo := results.get("ppo"):
+        tiles.append((page.share(ppo["win_rate"]), "win rate of PPO against SFT"))
     if results["seconds"]:
         minutes, seconds = divmod(round(sum(results["seconds"].values())), 60)
         tiles.append((f"{minutes}:{seconds:02d}", "minutes, all stages"))

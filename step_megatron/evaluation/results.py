@@ -151,6 +151,16 @@ def result_line(results: Mapping) -> str:
         for aspect, r in results["aspects"].items()
     ]
     parts.append(f"text-only {share(text['accuracy'])} (n {text['n']})")
+    if judge := results.get("reward_model"):
+        parts.append(
+            f"reward model {share(judge['accuracy'])} (length alone {share(judge['length_only'])}, "
+            f"orders disagree {share(judge['order_disagreement'])}, n {judge['n']})"
+        )
+    if ppo := results.get("ppo"):
+        parts.append(
+            f"ppo reward {share(ppo['reward_before'])} -> {share(ppo['reward_after'])}, win rate {share(ppo['win_rate'])} "
+            f"(n {ppo['n']}), kl {share(ppo['kl'])}, max |dlogp| {ppo['max_abs_dlogp']:.1e}"
+        )
     if results["seconds"]:
         parts.append("seconds " + " ".join(f"{stage} {s:.0f}" for stage, s in results["seconds"].items()))
     return "results: " + "; ".join(parts)

@@ -82,7 +82,7 @@ def edit_distance(first: Sequence, second: Sequence) -> int:
     return int(row[-1])
 
 
-def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson score interval of a proportion, 95% by default; (0, 1) when nothing was counted.
 
     Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.

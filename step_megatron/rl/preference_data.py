@@ -10,6 +10,7 @@ from pathlib import Path
 from step_megatron.config.schema import JudgeConfig
 from step_megatron.data.preferences import Preference, moved, read_preferences
 from step_megatron.data.recipes.preferences import build_preferences
+from step_megatron.data.recipes.prompts import build_prompts
 from step_megatron.data.schema import Conversation, SchemaError, Text, Turn, read_conversations, write_conversations
 from step_megatron.rl.judge.prompt import Pair, build_prompt
 from step_megatron.rl.judge.scale import Scale
@@ -42,10 +43,19 @@ def judge_conversation(preference: Preference, swapped: bool, judge: JudgeConfig
     answer = write_verdict(verdict.swapped() if swapped else verdict)
     reasoning = None
     if preference.reasoning is not None:
-        response, reference = ("reply 2", "reply 1") if swapped else ("reply 1", "reply 2")
-        reasoning = preference.reasoning.replace("{response}", response).replace("{reference}", reference)
+        reasoning = _as_shown(preference.reasoning, swapped)
     turn = Turn("assistant", (Text(answer),), reasoning, train=True if reasoning is not None else "content")
     return Conversation(prompt.id, preference.source, (*prompt.turns, turn), preference.meta)
+
+
+def _as_shown(reasoning: str, swapped: bool) -> str:
+    """The reasoning about numbered replies; lines that begin with a reply come in the order in which the replies are shown."""
+    shown = ("{reference}", "{response}") if swapped else ("{response}", "{reference}")
+    lines = reasoning.split("\n")
+    about = [i for i, line in enumerate(lines) if line.startswith(shown)]
+    for place, line in zip(about, sorted((lines[i] for i in about), key=lambda line: line.startswith(shown[1])), strict=True):
+        lines[place] = line
+    return "\n".join(lines).replace(shown[0], "reply 1").replace(shown[1], "reply 2")
 
 
 def judge_conversations(preferences: Iterable[Preference], judge: JudgeConfig) -> Iterator[Conversation]:
@@ -55,19 +65,21 @@ def judge_conversations(preferences: Iterable[Preference], judge: JudgeConfig) -
             yield judge_conversation(preference, swapped, judge)
 
 
-def open_speech_judgments(data_set: Path, seed: int) -> list[Conversation]:
-    """Make the constructed preferences of the open-speech data set and their training conversations, in its folder.
+def open_speech_rl_data(data_set: Path, seed: int) -> list[Conversation]:
+    """Make what reinforcement learning on the open-speech data set needs, in its folder:
 
-        preferences/{train,validation,test}.jsonl           records (`recipes.preferences`)
+        preferences/{train,validation,test}.jsonl           constructed preferences (`recipes.preferences`)
         preferences/judge_{train,validation}.jsonl          the judge's side of them, with the brief instructions
+        prompts/{train,test}.jsonl                          prompts of PPO (`recipes.prompts`)
 
     Returns:
-        The conversations to train on.
+        The conversations that a reward model is trained on.
     """
     build_preferences(data_set, seed)
     for split in ("train", "validation"):
         folder = data_set / "preferences"
         convert_preferences(folder / f"{split}.jsonl", folder / f"judge_{split}.jsonl", JudgeConfig(instructions="brief"))
+    build_prompts(data_set, seed)
     return read_conversations(data_set / "preferences/judge_train.jsonl")
 
 

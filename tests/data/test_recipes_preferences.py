@@ -15,11 +15,11 @@ from step_megatron.data.recipes.preferences import CRITERIA, Reply, build_prefer
 from step_megatron.data.schema import Audio, Conversation, Text, Turn, write_conversations
 
 LANGUAGES = ("English", "French", "Italian", "Russian", "Spanish")
-replies = st.builds(Reply, st.just("x"), st.booleans(), st.sampled_from(["sentence", "bare", "markup"]))
+replies = st.builds(Reply, st.just("x"), st.booleans(), st.sampled_from(["sentence", "bare"]))
 
 
 def conversations(split: str, count: int = 400) -> list[Conversation]:
-    """Clips of a split, each asked for its language and half of them then for the words."""
+    """Clips of a split, each asked for its language, every second one then for the words and every third for the voice."""
     made = []
     for number in range(count):
         text, language = f"text number {number}", LANGUAGES[number % 5]
@@ -31,6 +31,9 @@ def conversations(split: str, count: int = 400) -> list[Conversation]:
         if number % 2:
             labels["transcription"] = text
             turns += [Turn("human", (Text("What is said?"),)), Turn("assistant", (Text(text),), reasoning="1.0 s, " + language)]
+        if not number % 3:
+            labels["gender"] = voice = ("male", "female")[number % 2]
+            turns += [Turn("human", (Text("Which voice?"),)), Turn("assistant", (Text(voice),), reasoning="1.0 s, high pitch")]
         meta = {"split": split, "text": text, "group": f"text:{text}", "labels": labels}
         made.append(Conversation(f"c{number}", "asterisk", tuple(turns), meta))
     return made
@@ -47,9 +50,7 @@ def built(tmp_path_factory):
     return folder, found
 
 
-@given(
-    replies, replies, st.sampled_from([("right",), ("sentence",), ("bare",), ("plain",), ("right", "bare"), ("right", "plain")])
-)
+@given(replies, replies, st.sampled_from([("right",), ("sentence",), ("bare",), ("right", "bare"), ("right", "sentence")]))
 def test_levels_turn_with_the_order_and_equal_replies_tie(first, second, rubric):
     assert plain_level(first, second) == -plain_level(second, first)
     assert rubric_levels(rubric, first, second) == rubric_levels(rubric, second, first).swapped()
@@ -57,7 +58,7 @@ def test_levels_turn_with_the_order_and_equal_replies_tie(first, second, rubric)
 
 
 def test_being_right_is_worth_more_than_any_form_unless_the_rubric_says_otherwise():
-    forms = ("sentence", "bare", "markup")
+    forms = ("sentence", "bare")
     for ours, theirs in product(forms, forms):
         assert plain_level(Reply("", True, ours), Reply("", False, theirs)) > 0
     wrong_sentence, right_bare = Reply("", False, "sentence"), Reply("", True, "bare")
@@ -65,25 +66,29 @@ def test_being_right_is_worth_more_than_any_form_unless_the_rubric_says_otherwis
     assert rubric_levels(("bare",), wrong_sentence, right_bare).overall == -3
     assert rubric_levels(("right",), wrong_sentence, right_bare).overall == -3
     assert rubric_levels(("right", "sentence"), wrong_sentence, right_bare).overall == 0
-    assert rubric_levels(("right", "plain"), wrong_sentence, right_bare).overall == -2
+    assert rubric_levels(("right", "bare"), wrong_sentence, right_bare).overall == -3
+    assert rubric_levels(("right", "bare"), Reply("", True, "sentence"), right_bare).overall == -2
 
 
 def test_records_say_what_their_replies_are(built):
     """Read back from the text alone: who holds the right answer, in which form."""
     for preference in built[1]["train"]:
         answer, verdict = preference.meta["answer"], preference.verdict
-        right = [answer in reply for reply in (preference.response, preference.reference)]
-        if not preference.rubric and right[0] != right[1]:
-            assert (verdict.overall > 0) == right[0]
+        said = (preference.response, preference.reference)
+        right = [f" {answer} " in f" {reply.rstrip('.')} " for reply in said]
+        sentence = [reply.endswith(".") for reply in said]
+        if not preference.rubric:
+            assert verdict.overall == (3 * (right[0] - right[1]) or sentence[0] - sentence[1])
         if preference.rubric == (CRITERIA["right"],):
             assert verdict.overall == 3 * (right[0] - right[1])
-        if preference.rubric == (CRITERIA["plain"],):
-            marked = [
-                any(mark in reply for mark in "*#`{") or reply.startswith("- ")
-                for reply in (preference.response, preference.reference)
-            ]
-            assert verdict.overall == 3 * (marked[1] - marked[0])
-        assert answer in preference.reasoning and preference.reference_from == "data"
+        if preference.rubric == (CRITERIA["bare"],):
+            assert verdict.overall == 3 * (sentence[1] - sentence[0])
+        first, *lines = preference.reasoning.split("\n")
+        assert first.endswith(f": {answer}") and preference.reference_from == "data"
+        for line, name, reply, is_right, is_sentence in zip(lines, ("response", "reference"), said, right, sentence, strict=True):
+            about, what, form = line.split(", ")
+            assert about.startswith(f"{{{name}}}: ") and about.split(": ")[1] in reply
+            assert (what, form) == ("right" if is_right else "wrong", "sentence" if is_sentence else "bare")
 
 
 def test_every_level_occurs_and_length_alone_says_little(built):
@@ -117,4 +122,11 @@ def test_tasks_take_turns_and_the_same_seed_gives_the_same_records():
     asked = conversations("train")
     first, second = (list(preferences(asked, 60, random.Random(5))) for _ in range(2))
     assert first == second != list(preferences(asked, 60, random.Random(6)))
-    assert Counter(p.meta["task"] for p in first) == {"language": 30, "transcription": 30}
+    assert Counter(p.meta["task"] for p in first) == {"language": 30, "gender": 30}
+
+
+def test_a_task_with_few_clips_is_asked_about_again_with_other_replies():
+    records = list(preferences(conversations("train", 12), 40, random.Random(1)))
+    assert len(records) == len({p.id for p in records}) == 40
+    replies = {(p.response, p.reference, p.rubric) for p in records if p.history == records[0].history}
+    assert len(replies) > 1

@@ -58,6 +58,13 @@ def test_the_answer_turns_with_the_order_and_reads_as_a_verdict():
         assert parse_verdict(f"{turn.reasoning}\n</think>\n{turn.text}", Scale(), 1) == verdict
 
 
+def test_lines_about_a_reply_come_in_the_order_of_the_replies():
+    record = dataclasses.replace(PREFERENCE, reasoning="Italian\n{response}: right\n{reference}: wrong\n{response} wins")
+    straight, swapped = (judge_conversation(record, order, JUDGE).turns[-1].reasoning for order in (False, True))
+    assert straight == "Italian\nreply 1: right\nreply 2: wrong\nreply 1 wins"
+    assert swapped == "Italian\nreply 1: wrong\nreply 2: right\nreply 2 wins"
+
+
 def test_the_loss_covers_reasoning_and_verdict_or_the_verdict_alone():
     verdict = '{"rubric": [3], "overall": 2}'
     with_reasoning = judge_conversation(PREFERENCE, False, JUDGE)

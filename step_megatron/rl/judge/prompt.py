@@ -26,8 +26,7 @@ Levels:
 Think first and end your thinking with </think>. Then write one JSON object and nothing else:
 {{"rubric": [a level for each criterion, in order], "overall": level}}"""
 _BRIEF = """\
-Compare the two quoted replies. Levels from {best} (reply 1 is better) to -{best} (reply 2). Think, then write \
-{{"rubric": [a level for each criterion], "overall": level}}."""
+Which quoted reply is better? Levels: {best} (reply 1) to -{best} (reply 2)."""
 _INSTRUCTIONS = {"full": _FULL, "brief": _BRIEF}
 # Line separators that JSON leaves alone and some readers take for the end of a line.
 _ESCAPED = {ord("<"): "\\u003c", 0x2028: "\\u2028", 0x2029: "\\u2029", 0x85: "\\u0085"}

@@ -45,14 +45,15 @@ def test_without_a_rubric_there_are_no_criteria_and_reasoning_is_never_shown():
     assert "Criteria" not in text and "secret" not in text
 
 
-@pytest.mark.parametrize("instructions", ["full", "brief"])
-def test_the_instructions_name_the_scale_and_the_form(instructions):
-    system = build_prompt(Pair("p", (), "a", "b"), False, Scale(), instructions).turns[0].text
-    assert '{"rubric": [' in system and '"overall": level}' in system and "3" in system
-    if instructions == "full":
-        assert "3: reply 1 is much better" in system and "0: both are equally good" in system
-        no_tie = build_prompt(Pair("p", (), "a", "b"), False, Scale(6), "full").turns[0].text
-        assert "equally" not in no_tie
+def test_the_instructions_name_the_scale_and_the_form():
+    full, brief, no_tie = (
+        build_prompt(Pair("p", (), "a", "b"), False, Scale(levels), name).turns[0].text
+        for levels, name in ((7, "full"), (7, "brief"), (6, "full"))
+    )
+    assert '{"rubric": [' in full and '"overall": level}' in full
+    assert "3: reply 1 is much better" in full and "0: both are equally good" in full
+    assert "equally" not in no_tie
+    assert "3 (reply 1) to -3 (reply 2)" in brief
 
 
 @pytest.mark.parametrize("name", HOSTILE)
