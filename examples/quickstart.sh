@@ -45,3 +45,8 @@ stage reward several train reward --config "$judge" "run.dir=$reward" "model.wei
 stage judge unless "$reward/judgments.jsonl" step-megatron judge ask --config "$judge" --run "$reward" \
     --preferences "$open/preferences/test.jsonl" --out "$reward/judgments.jsonl"
 step-megatron judge calibrate "$open/preferences/test.jsonl" "$reward/judgments.jsonl" --out "$reward/calibration.json"
+stage ppo several train ppo --config examples/recipes/quickstart-ppo.yaml "run.dir=$ppo" "model.weights=$sft" "${later[@]}" \
+    "rl.judge.run=$reward" "rl.prompts=[{name: questions, path: $open/prompts/train.jsonl}]"
+stage compare unless "$ppo/comparison.json" step-megatron judge compare --run "$ppo" --against "$sft" \
+    --prompts "$open/prompts/test.jsonl" --out "$ppo/comparison.json"
+step-megatron report --run "$run" --data "$open" --reward "$reward" --ppo "$ppo"

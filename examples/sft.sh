@@ -22,7 +22,7 @@ source examples/environment.sh
 [ -f "$dialogues/SUMMARY.json" ] || step-megatron data build-dialogues --open-speech "$open"
 [ -f "$run/before/results.json" ] || step-megatron eval --run "$start" --data "$dialogues" --out "$run/before/results.json"
 OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$ranks" --shutdown-timeout 600 -m step_megatron.cli train sft \
-    --config examples/recipes/sft-quickstart.yaml "run.dir=$run" "model.weights=$start" "tokenizer.path=$dialogues/tokenizer" \
+    --config examples/recipes/quickstart-sft.yaml training.epochs=1 "run.dir=$run" "model.weights=$start" "tokenizer.path=$dialogues/tokenizer" \
     "data.index=$open/index.jsonl" "audio.cache_dir=$open/encoded" "megatron.transformer.tensor_model_parallel_size=$ranks" \
     "data.sources=[{name: dialogues, path: $dialogues/train.jsonl}]" \
     "data.validation=[{name: dialogues, path: $dialogues/validation.jsonl}]"
