@@ -6,6 +6,11 @@
      "aspects": {ASPECT: {"quality", "content", "form", "other_clip", "n", ..., "kinds": {NAME: {...}}}},
      "seconds": {STAGE: s}}
 
+and, once there are those stages (`rl_results`),
+
+    {"reward_model": {"accuracy", "length_only", "order_disagreement", "n", ...},
+     "ppo": {"reward_before", "reward_after", "win_rate", "kl", "max_abs_dlogp", "n", ...}}
+
 Every share is a float in [0, 1], or null where it was not measured (no train items, one label only, no clip). `n` is the number
 of items behind `accuracy` (= `scored`); `attempted`, `scored`, `failed` and `unparsable` are counts; `*_interval` are 95%
 Wilson intervals.

@@ -55,7 +55,7 @@ def _as_shown(reasoning: str, swapped: bool) -> str:
     about = [i for i, line in enumerate(lines) if line.startswith(shown)]
     for place, line in zip(about, sorted((lines[i] for i in about), key=lambda line: line.startswith(shown[1])), strict=True):
         lines[place] = line
-    return "\n".join(lines).replace(shown[0], "reply 1").replace(shown[1], "reply 2")
+    return "\n".join(lines).replace(shown[0], "Reply 1").replace(shown[1], "Reply 2")
 
 
 def judge_conversations(preferences: Iterable[Preference], judge: JudgeConfig) -> Iterator[Conversation]:

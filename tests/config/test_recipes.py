@@ -91,6 +91,17 @@ def test_a_phase_of_ppo_fits_two_nodes():
     assert max(training, generating) + ENCODER < USABLE
 
 
+def test_the_quickstart_asks_its_judge_in_ppo_as_it_was_trained_and_measured():
+    from step_megatron.rl.rewards import Rewards
+
+    stages = ("", "-sft", "-reward", "-ppo")
+    *_, reward, ppo = (load_config(EXAMPLES / f"recipes/quickstart{stage}.yaml", ["model.preset=tiny"]) for stage in stages)
+    assert reward.rl.judge == ppo.rl.judge and ppo.rl.judge.instructions == "brief"
+    Rewards(ppo.rl.rewards)
+    # Who says how good the policy became must not have been trained against.
+    assert all(each.weight == 0 for each in ppo.rl.rewards if each.kind == "verifiable")
+
+
 def test_there_is_a_recipe_for_each_stage_and_length():
     assert RECIPES == sorted(f"{stage}-32b-{length}k.yaml" for stage in ("midtrain", "sft") for length in (8, 16, 32))
 

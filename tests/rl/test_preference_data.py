@@ -52,8 +52,8 @@ def test_the_prompt_is_the_one_that_the_judge_will_see(swapped):
 
 def test_the_answer_turns_with_the_order_and_reads_as_a_verdict():
     straight, swapped = (judge_conversation(PREFERENCE, order, JUDGE).turns[-1] for order in (False, True))
-    assert straight.reasoning == "reply 1 is a sentence, reply 2 is not."
-    assert swapped.reasoning == "reply 2 is a sentence, reply 1 is not."
+    assert straight.reasoning == "Reply 1 is a sentence, Reply 2 is not."
+    assert swapped.reasoning == "Reply 2 is a sentence, Reply 1 is not."
     for turn, verdict in ((straight, PREFERENCE.verdict), (swapped, PREFERENCE.verdict.swapped())):
         assert parse_verdict(f"{turn.reasoning}\n</think>\n{turn.text}", Scale(), 1) == verdict
 
@@ -61,14 +61,14 @@ def test_the_answer_turns_with_the_order_and_reads_as_a_verdict():
 def test_lines_about_a_reply_come_in_the_order_of_the_replies():
     record = dataclasses.replace(PREFERENCE, reasoning="Italian\n{response}: right\n{reference}: wrong\n{response} wins")
     straight, swapped = (judge_conversation(record, order, JUDGE).turns[-1].reasoning for order in (False, True))
-    assert straight == "Italian\nreply 1: right\nreply 2: wrong\nreply 1 wins"
-    assert swapped == "Italian\nreply 1: wrong\nreply 2: right\nreply 2 wins"
+    assert straight == "Italian\nReply 1: right\nReply 2: wrong\nReply 1 wins"
+    assert swapped == "Italian\nReply 1: wrong\nReply 2: right\nReply 2 wins"
 
 
 def test_the_loss_covers_reasoning_and_verdict_or_the_verdict_alone():
     verdict = '{"rubric": [3], "overall": 2}'
     with_reasoning = judge_conversation(PREFERENCE, False, JUDGE)
-    assert trained_text(with_reasoning) == f"reply 1 is a sentence, reply 2 is not.\n*\n{verdict}*"
+    assert trained_text(with_reasoning) == f"Reply 1 is a sentence, Reply 2 is not.\n*\n{verdict}*"
     without = judge_conversation(dataclasses.replace(PREFERENCE, reasoning=None), False, JUDGE)
     for template in ("step-audio", "chatml"):
         assert trained_text(without, template) == f"{verdict}*"
