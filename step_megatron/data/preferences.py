@@ -14,8 +14,8 @@
 - `verdict` is seen from the response: levels above zero mean that it is the better one. `rubric` there has a level for each
   criterion. Left out where nobody has judged yet, for labelling.
 - `reasoning` is the judge's, and optional; without it a reward model's loss covers the verdict alone. It calls the replies
-  `{response}` and `{reference}`, for either may be the first that the judge is shown; lines that begin with one of them are put
-  in the order of the replies.
+  `{response}` and `{reference}`, for either may be the first that the judge is shown; lines about one of them, that begin with
+  `{response}:` or `{reference}:`, are put in the order of the replies.
 """
 
 import dataclasses

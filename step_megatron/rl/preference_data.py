@@ -49,11 +49,13 @@ def judge_conversation(preference: Preference, swapped: bool, judge: JudgeConfig
 
 
 def _as_shown(reasoning: str, swapped: bool) -> str:
-    """The reasoning about numbered replies; lines that begin with a reply come in the order in which the replies are shown."""
+    """The reasoning about numbered replies; lines that are about one of them come in the order in which they are shown."""
     shown = ("{reference}", "{response}") if swapped else ("{response}", "{reference}")
+    first, second = (f"{name}:" for name in shown)
     lines = reasoning.split("\n")
-    about = [i for i, line in enumerate(lines) if line.startswith(shown)]
-    for place, line in zip(about, sorted((lines[i] for i in about), key=lambda line: line.startswith(shown[1])), strict=True):
+    about = [i for i, line in enumerate(lines) if line.startswith((first, second))]
+    in_order = sorted((lines[i] for i in about), key=lambda line: line.startswith(second))
+    for place, line in zip(about, in_order, strict=True):
         lines[place] = line
     return "\n".join(lines).replace(shown[0], "Reply 1").replace(shown[1], "Reply 2")
 
