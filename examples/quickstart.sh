@@ -6,8 +6,9 @@
 # Fetches open recordings and a pre-trained Whisper encoder, encodes the clips once, mid-trains a small decoder with tensor
 # parallelism over two processes and evaluates it on held-out clips. Then fine-tunes it on dialogues (SFT), trains a reward model on
 # constructed preferences, and lets it teach the fine-tuned model (PPO). Writes runs/quickstart/report.html. On a CPU by default.
-# Safe to interrupt and run again: what is finished is kept. CLIPS (for example 200) takes only so many clips, for a quick look, into a
-# run of its own (runs/quickstart-200). The later stages are runs in folders of it: sft, reward, ppo.
+# The later stages are runs in folders of it: sft, reward, ppo. Safe to interrupt and run again: what is finished is kept. CLIPS (for
+# example 200) takes only so many clips, for a quick look, into a run of its own (runs/quickstart-200), and ends with the evaluation:
+# so few clips are too few to make dialogues of.
 #
 # STEP_VENV  the environment to use (default .venv)      STEP_DATA  the folder of downloads (default data)
 # STEP_RUN   the run's folder (default runs/quickstart)  STEP_RANKS processes to train with (default 2)
@@ -31,6 +32,7 @@ stage build step-megatron data build --out "$open" ${clips:+--clips "$clips"}
 stage encode several data encode "${recipe[@]}"
 stage midtrain several train midtrain "${recipe[@]}"
 stage evaluate step-megatron eval --run "$run" --data "$open"
+[ -z "$clips" ] || exit 0
 
 dialogues="$open/dialogues" sft="$run/sft" reward="$run/reward" ppo="$run/ppo"
 later=("tokenizer.path=$dialogues/tokenizer" "data.index=$open/index.jsonl" "audio.cache_dir=$open/encoded"
@@ -41,7 +43,7 @@ stage dialogues unless "$dialogues/SUMMARY.json" step-megatron data build-dialog
 stage sft several train sft --config examples/recipes/quickstart-sft.yaml "run.dir=$sft" "model.weights=$run" "${later[@]}" \
     "data.sources=[{name: dialogues, path: $dialogues/train.jsonl, weight: 0.6}, {name: audio, path: $open/train.jsonl, weight: 0.4}]"
 stage reward several train reward --config "$judge" "run.dir=$reward" "model.weights=$sft" "${later[@]}" \
-    "data.sources=[{name: judge, path: $open/preferences/judge_train.jsonl}]"
+    "data.sources=[{name: judge, path: $open/preferences/judge_train.jsonl, weight: 0.85}, {name: audio, path: $open/train.jsonl, weight: 0.15}]"
 stage judge unless "$reward/judgments.jsonl" step-megatron judge ask --config "$judge" --run "$reward" \
     --preferences "$open/preferences/test.jsonl" --out "$reward/judgments.jsonl"
 step-megatron judge calibrate "$open/preferences/test.jsonl" "$reward/judgments.jsonl" --out "$reward/calibration.json"

@@ -6,6 +6,7 @@ RUN/comparison.json     of a PPO run, by `step-megatron judge compare --out`
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from step_megatron.runtime.metrics import read_metrics
 CALIBRATION, COMPARISON = "calibration.json", "comparison.json"
 # Iterations at either end whose mean is the reward before and after: one alone is noisy.
 _ENDS = 3
+_JUDGED = ("reward/preference", "reward/rubric")
 
 
 def read_part(path: Path, made_by: str) -> dict[str, Any]:
@@ -46,18 +48,21 @@ def reward_model_results(calibration: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ppo_results(metrics: Sequence[Mapping[str, float | None]], comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """`ppo` of `results.json`: score of the first and of the last iterations, KL at the end, the largest |dlogp| of all.
+    """`ppo` of `results.json`: the judge's reward in the first and the last iterations, KL at the end, the largest |dlogp|.
+
+    Rewards are as judged, -1 .. 1: the score that was trained on is normalised, so its mean says nothing.
 
     Raises:
         ValueError: no iteration was recorded.
     """
     if not metrics:
         raise ValueError("the PPO run has no metrics: it did not end an iteration; run its stage again")
-    scores = [row["score"] for row in metrics if row.get("score") is not None]
-    distances = [row["rollout/dlogp_max"] for row in metrics if row.get("rollout/dlogp_max") is not None]
+    judged = [_mean(_known(row, _JUDGED)) for row in metrics]
+    rewards = [reward for reward in judged if reward is not None]
+    distances = [value for row in metrics for value in _known(row, ("rollout/dlogp_max",))]
     return {
-        "reward_before": _mean(scores[:_ENDS]),
-        "reward_after": _mean(scores[-_ENDS:]),
+        "reward_before": _mean(rewards[:_ENDS]),
+        "reward_after": _mean(rewards[-_ENDS:]),
         "win_rate": comparison["win_rate"],
         "win_interval": comparison["interval"],
         "n": comparison["n"],
@@ -85,6 +90,11 @@ def with_later_stages(run: Path, reward_run: Path | None, ppo_run: Path | None) 
     results["seconds"] |= stage_seconds(run)
     write_json(path, results)
     return results
+
+
+def _known(row: Mapping[str, float | None], names: Sequence[str]) -> list[float]:
+    values = (row.get(name) for name in names)
+    return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -31,7 +31,8 @@ def runs(tmp_path):
     write_jsonl(reward / "metrics.jsonl", [{"step": s, "loss": 1 / s} for s in range(1, 9)])
     write_json(ppo / "comparison.json", COMPARISON)
     rows = [
-        {"step": s, "score": s / 10, "reward/preference": s / 20, "reward/preference_failed": 0.0, "kl": s / 5, "entropy": 1.0,
+        {"step": s, "score": 0.0, "reward/preference": s / 20, "reward/preference_failed": 0.0,
+         "reward/rubric": 3 * s / 20 if s % 2 else "nan", "kl": s / 5, "entropy": 1.0,
          "response_tokens": 20.0, "rollout/dlogp_max": 1e-6 * (10 - s), "rollout/dlogp_mean": 1e-7}
         for s in range(1, 10)
     ]  # fmt: skip
@@ -46,7 +47,8 @@ def test_results_gain_the_later_stages(runs, capsys):
     results = json.loads((run / "results.json").read_text())
     judge, policy = results["reward_model"], results["ppo"]
     assert (judge["accuracy"], judge["length_only"], judge["order_disagreement"], judge["rubric"]) == (0.7, 0.55, 0.2, None)
-    assert policy["reward_before"] == pytest.approx(0.2) and policy["reward_after"] == pytest.approx(0.8)
+    assert policy["reward_before"] == pytest.approx((1 / 10 + 2 / 20 + 3 / 10) / 3)
+    assert policy["reward_after"] == pytest.approx((7 / 10 + 8 / 20 + 9 / 10) / 3)
     assert policy["win_rate"] == 0.75 and policy["kl"] == pytest.approx(1.8) and policy["max_abs_dlogp"] == pytest.approx(9e-6)
     assert results["seconds"] == {"evaluate": 9.0, "sft": 58.0}
     last = capsys.readouterr().out.splitlines()[-1]
