@@ -13,6 +13,7 @@ BENCHED_PARTS = {
     "train-step": "train_step",
     "train-tokens": "train_tokens",
     "rollout": "rollout",
+    "ppo": "ppo",
     "shares": "shares",
     "checkpoint": "checkpoint",
     "import": "import_speed",
@@ -37,6 +38,7 @@ _OPTIONS = {
     "device": BENCHED_OPS,
     "out": (*BENCHED_OPS, "import", "checkpoint"),
     "gigabytes": ("import",),
+    "make_peer": ("ppo",),
     "preset": ("shares", "rollout", "train-tokens", "checkpoint"),
 }
 
@@ -52,6 +54,7 @@ def add_bench(commands) -> None:
     parser.add_argument("--clips", type=int, help="clips in the sample")
     parser.add_argument("--gigabytes", type=float, help="of import: size of the checkpoint (default: 1.2)")
     parser.add_argument("--preset", help="of shares, rollout, train-tokens, checkpoint: the model (default: tiny, and smol-135m)")
+    parser.add_argument("--make-peer", action="store_true", help="of ppo: make TRL's environments where they are not there")
     parser.add_argument("--out", type=Path, help="folder of an op's CSV and plot, or to write into (default: runs/bench)")
     parser.add_argument("--device", help="of an op (default: cuda where there is one, else cpu)")
     parser.add_argument("--choose", action="store_true", help="of attention: use the fastest backend on this device from now on")
@@ -70,7 +73,7 @@ def _bench(options) -> int | None:
         raise UserError("bench: say what to time (see --help), or --inspect")
     for option, names in _OPTIONS.items():
         if getattr(options, option) and options.name not in names:
-            raise UserError(f"bench {options.name}: has no --{option}; that is of {', '.join(names)}")
+            raise UserError(f"bench {options.name}: has no --{option.replace('_', '-')}; that is of {', '.join(names)}")
     if options.choose:
         from step_kernels.bench import choose
 
