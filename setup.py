@@ -183,6 +183,8 @@ setup(
         "gguf": ["gguf>=0.17,<0.20"],
         "nemo": ["nemo-toolkit[asr]>=2.5,<4"],
         "wandb": ["wandb>=0.19,<1"],
+        # Rollouts by vLLM; each of its releases wants one release of torch. Not run here.
+        "vllm": ["vllm>=0.25,<0.34"],
         "dev": [
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",

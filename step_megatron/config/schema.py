@@ -329,6 +329,16 @@ class RewardConfig:
 
 
 @dataclass
+class VLLMConfig:
+    """Rollouts by vLLM (`generation/vllm_backend.py`)."""
+
+    # Of the device's memory, for its weights and cache while it is awake.
+    memory_share: float = 0.4
+    # Largest |dlogp| between vLLM and the trainer about the first prompts; beyond it the run stops. In bfloat16 0.1 is usual.
+    parity_limit: float = 0.2
+
+
+@dataclass
 class RolloutConfig:
     """What an iteration of PPO generates. The policy is the untruncated distribution at this temperature, everywhere."""
 
@@ -344,6 +354,9 @@ class RolloutConfig:
     reasoning_tokens: int = 0
     # The policy sees the criteria of a rubric too, as a system turn (equations 4 and 5 may be read so).
     shows_rubric: bool = False
+    # Who generates: `own`, on the trainer's weights, or vLLM on a copy of them.
+    backend: Literal["own", "vllm"] = "own"
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from step_megatron.checkpoint.safetensors_files import TensorInfo, write_safetensors
 from step_megatron.config.schema import Config
@@ -34,12 +35,12 @@ def decoder_weights(model: AudioLanguageModel, config: Config) -> dict[str, torc
 
 
 def write_decoder(folder: Path, model: AudioLanguageModel, config: Config) -> None:
-    """Write `config.json` and `model*.safetensors` into a folder that exists; all ranks of the model call it, rank 0 writes."""
-    weights = decoder_weights(model, config)
-    if dist.get_rank() == 0:
+    """Write `config.json` and `model*.safetensors` into a folder that exists; a replica's ranks call it, its first one writes."""
+    weights, group = decoder_weights(model, config), parallel_state.get_model_parallel_group()
+    if group.rank() == 0:
         tree = model_configs.build(config, "qwen2" if model.config.add_qkv_bias else "llama", History("live"))
         tree["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(tree, indent=2), encoding="utf-8")
         tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
         write_safetensors(folder, tensors, weights.__getitem__)
-    dist.barrier()
+    dist.barrier(group=group)

@@ -12,6 +12,9 @@
     sampling.py     logits to tokens and log-probabilities
     decode.py       one decoding step, a CUDA graph per batch size on a GPU
     data_parallel.py    prompts shared out over data-parallel ranks
+    backend.py      which engine makes the rollouts of a run
+    vllm_backend.py     vLLM behind the same interface
+    parity.py       whether another engine says of its samples what the trainer says
 
 `evaluation` and reinforcement learning use it; it uses `model`.
 """

@@ -86,6 +86,11 @@ class Engine:
         self._device_side = None
 
     @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.scheduler.idle
+
+    @property
     def cache_bytes(self) -> int:
         """Memory that the cache holds now."""
         return 0 if self._device_side is None else self._device_side[0].bytes
@@ -124,7 +129,7 @@ class Engine:
         for group in groups:
             self.scheduler.add(group)
         with self.running():
-            while not self.scheduler.idle:
+            while not self.idle:
                 ended = self.step()
                 if progress and ended:
                     progress(ended)

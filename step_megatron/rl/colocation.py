@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from step_megatron.generation.engine import Engine
+from step_megatron.generation.backend import RolloutEngine
 from step_megatron.runtime.metrics import peak_memory_bytes
 
 
@@ -97,7 +97,7 @@ class Resident:
 class Cache:
     """The key-value cache of an engine: given back, not copied."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: RolloutEngine):
         self._engine = engine
 
     @property

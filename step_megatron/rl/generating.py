@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from step_megatron.generation.backend import RolloutEngine, Sample
 from step_megatron.generation.data_parallel import share_out
-from step_megatron.generation.engine import Engine
 from step_megatron.generation.request import Generation, Prompt, Sampling
 from step_megatron.generation.sequence import Sequence as Member
 from step_megatron.rl.journal import Journal
@@ -22,9 +22,11 @@ class Stream:
         ended: called with each sample that this rank has generated, as it ends.
     """
 
-    def __init__(self, engine: Engine, journal: Journal, ended: Callable[[str, Generation], None] = lambda key, generation: None):
+    def __init__(
+        self, engine: RolloutEngine, journal: Journal, ended: Callable[[str, Generation], None] = lambda key, generation: None
+    ):
         self._engine, self._journal, self._ended = engine, journal, ended
-        self._waiting: list[tuple[str, Member]] = []
+        self._waiting: list[tuple[str, Sample]] = []
         self._made: dict[str, dict] = {}
 
     def add(self, prompt: Prompt, samplings: Sequence[Sampling], keys: Sequence[str], name: str) -> None:
@@ -57,7 +59,7 @@ class Stream:
 
 
 def generate(
-    engine: Engine,
+    engine: RolloutEngine,
     prompts: Sequence[Prompt],
     samplings: Sequence[Sequence[Sampling]],
     keys: Sequence[Sequence[str]],

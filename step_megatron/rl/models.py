@@ -16,6 +16,7 @@ from step_megatron.config.load import LAYOUT_FIELDS, RUN_CONFIG, ConfigError, lo
 from step_megatron.config.schema import Config
 from step_megatron.data.clip_lengths import ClipLengths
 from step_megatron.data.tokenizer import Tokenizer
+from step_megatron.generation.backend import RolloutEngine
 from step_megatron.generation.engine import Engine
 from step_megatron.generation.rendering import Rendering
 from step_megatron.model.audio_lm import build_model
@@ -118,7 +119,7 @@ def residents_of(
     actor: Learner,
     critic: Learner | None,
     reference: list[torch.nn.Module] | None,
-    engine: Engine,
+    engine: RolloutEngine,
     judge: tuple[ColocatedJudging, torch.nn.Module] | None,
     encoder: torch.nn.Module | None,
 ) -> dict[str, Sleeper]:

@@ -39,7 +39,7 @@ from step_megatron.config.load import ConfigError
 from step_megatron.config.schema import Config
 from step_megatron.data.clip_lengths import ClipLengths
 from step_megatron.data.rl_prompts import RLPrompt
-from step_megatron.generation.engine import Engine
+from step_megatron.generation.backend import rollout_engine
 from step_megatron.generation.rendering import Rendering
 from step_megatron.rl.batching import ResponseBatcher
 from step_megatron.rl.colocation import Colocation
@@ -232,7 +232,7 @@ def _build(config: Config, runtime: Runtime, group: dist.ProcessGroup, judge: Ju
     critic = build_critic(config, runtime, group, resumes)
     critic_checkpoints = None if critic is None else ending.enter_context(closing(_checkpoints(config, runtime, CRITIC)))
     reference = build_reference(config)
-    engine = Engine(unwrap(actor.model[0]), config.generation, for_policy=True)
+    engine = rollout_engine(unwrap(actor.model[0]), config)
     settings = config.rl.colocation
     offloads = settings.offload == "on" or (settings.offload == "auto" and runtime.device.type == "cuda")
     judging, judge_model = _judging(config, runtime, group, index, rewards, judge, heartbeat, offloads)
