@@ -9,7 +9,6 @@ from megatron.core import parallel_state
 from step_megatron.generation.backend import RolloutEngine, Sample
 from step_megatron.generation.data_parallel import share_out
 from step_megatron.generation.request import Generation, Prompt, Sampling
-from step_megatron.generation.sequence import Sequence as Member
 from step_megatron.rl.journal import Journal
 
 
