@@ -1,4 +1,4 @@
-"""The command line: `step-megatron doctor | data | train | judge | label | eval | report | chat | convert | bench`.
+"""The command line: `step-megatron doctor | data | train | judge | label | eval | report | chat | convert | study | bench`.
 
 Every command imports what it needs when it runs, so that `--help` and `doctor` work on a machine where the rest does not.
 An error that a user can mend (a bad path, a bad setting, bad data) prints its message and exits with 2; anything else is a defect
@@ -14,6 +14,7 @@ from step_megatron.commands.bench import add_bench
 from step_megatron.commands.common import command
 from step_megatron.commands.data import add_data
 from step_megatron.commands.runs import add_chat, add_convert, add_eval
+from step_megatron.commands.study import add_study
 from step_megatron.commands.train import add_judge, add_train
 from step_megatron.errors import UserError
 
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add_eval(commands)
     add_chat(commands)
     add_convert(commands)
+    add_study(commands)
     add_bench(commands)
     return parser
 

@@ -18,12 +18,16 @@ WIDTH = 360
 
 @dataclass(frozen=True)
 class Series:
-    """Curve of one quantity: `points` are (step, value), in order of step; `colour` names a CSS variable without dashes."""
+    """Curve of one quantity: `points` are (step, value), in order of step; `colour` names a CSS variable without dashes.
+
+    `band` is how far a value may be off, of every point; it is shaded. Not with a logarithmic axis.
+    """
 
     label: str
     points: Sequence[tuple[float, float]]
     colour: str = "model"
     smooth: bool = False
+    band: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def line_chart(title: str, series: Sequence[Series], unit: str = "", height: int
         return _svg(title, height, heading + empty)
     scale = math.log10 if log else float
     xs = [x for _, points in curves for x, _ in points]
-    ys = [scale(y) for _, points in curves for _, y in points]
+    ys = [scale(y) for _, points in curves for _, y in points] + [y for item, _ in curves for _, y in _edge(item)]
     low, high = min(ys), max(ys)
     if not log and 0 <= low < 0.5 * high:
         low = 0.0
@@ -116,11 +120,20 @@ def line_chart(title: str, series: Sequence[Series], unit: str = "", height: int
     for tick in nice_ticks(x0, x1):
         x = at(tick, low)[0]
         parts.append(f'<text class="l" x="{x:.1f}" y="{height - 8}" text-anchor="middle">{number(tick)}</text>')
+    for item, _ in curves:
+        if edge := " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in _edge(item))):
+            parts.append(f'<polygon style="fill:var(--{item.colour})" opacity="0.15" points="{edge}"/>')
     for item, points in curves:
         parts.append(_curve(item, [(x, scale(y)) for x, y in points], at))
     if len(curves) > 1:
         parts.append(_legend([item for item, _ in curves], top))
     return _svg(title, height, "".join(parts))
+
+
+def _edge(item: Series) -> list[tuple[float, float]]:
+    """Corners of a curve's band, there and back."""
+    off = list(zip(item.points, item.band, strict=True)) if item.band else []
+    return [(x, y + by) for (x, y), by in off] + [(x, y - by) for (x, y), by in reversed(off)]
 
 
 def _curve(item: Series, points: list[tuple[float, float]], at) -> str:
