@@ -4,23 +4,23 @@ It is not the judge that the studies measure by (`held_out`), and cruder: a mark
 wherever its words stand, also among other answers, and a sentence is whatever looks like one.
 """
 
-import re
 from collections.abc import Callable, Sequence
 
+from step_megatron.data.checks import Check
 from step_megatron.data.preferences import Verdict
 from step_megatron.data.template import THINK_END
 from step_megatron.rl.judge.judging import Answer, Request
 from step_megatron.rl.judge.prompt import Pair
 from step_megatron.rl.judge.scale import Scale
 from step_megatron.rl.judge.verdict import write_verdict
-from step_megatron.studies.prompts import RIGHT
+from step_megatron.studies.prompts import BARE, RIGHT
 
 # A reply and the answer that is right -> how far the reply has the mark, 0 .. 1.
 Mark = Callable[[str, str], float]
 
 
 def _names(reply: str, answer: str) -> float:
-    return float(answer.casefold() in reply.casefold())
+    return float(Check((answer,)).content(reply))
 
 
 def _sentence(reply: str, answer: str) -> float:
@@ -33,32 +33,8 @@ def _short(reply: str, answer: str) -> float:
     return 1 / max(1, len(reply.split()))
 
 
-def _capitals(reply: str, answer: str) -> float:
-    letters = [character for character in reply if character.isalpha()]
-    return sum(map(str.isupper, letters)) / max(1, len(letters))
-
-
-def _brackets(reply: str, answer: str) -> float:
-    return (reply.startswith("(") + reply.endswith(")")) / 2
-
-
-def _polite(reply: str, answer: str) -> float:
-    return (("certainly" in reply.casefold()) + _sentence(reply, answer)) / 2
-
-
-def _over(reply: str, answer: str) -> float:
-    return (bool(re.search(r"\bover\b", reply.casefold())) + _sentence(reply, answer)) / 2
-
-
 # Criterion -> mark.
-MARKS: dict[str, Mark] = {
-    RIGHT: _names,
-    "Answer in one word.": _short,
-    "Write in capital letters.": _capitals,
-    "Put your answer in brackets.": _brackets,
-    "Be polite and begin with Certainly.": _polite,
-    "End with over, as on the radio.": _over,
-}
+MARKS: dict[str, Mark] = {RIGHT: _names, BARE: _short}
 
 
 class MarksJudge:

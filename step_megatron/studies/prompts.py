@@ -1,10 +1,10 @@
 """The two kinds of prompt that the studies train and measure on, from the quickstart's prompts about real clips.
 
 preference  the question as it is; a good reply names the right answer in a sentence. Judged as a whole.
-rubric      the same question with a wish about the reply's form ("Put your answer in brackets."), which is one of two criteria.
+rubric      the same question after "Answer in one word."; the criteria are the right answer, and that it is bare.
 
-A kind is thus to be known from what the policy reads, and most wishes exclude the form that the other kind wants. `meta.checks`
-says what a right reply is to a program (`data.checks`).
+A kind is thus to be known from what the policy reads, and what is good for one kind is not for the other. `meta.checks` says what
+a right reply is to a program (`data.checks`).
 """
 
 import dataclasses
@@ -12,14 +12,13 @@ import random
 from pathlib import Path
 
 from step_megatron.data.checks import Check
-from step_megatron.data.dialogues.phrases import FORMATS, STYLES, Wish
+from step_megatron.data.dialogues.phrases import ONE_WORD
 from step_megatron.data.preferences import moved
 from step_megatron.data.rl_prompts import RLPrompt, read_rl_prompts, write_rl_prompts
 from step_megatron.data.schema import SchemaError, Text
 
 KINDS = ("preference", "rubric")
-RIGHT = "Gives the right answer."
-WISHES = (*FORMATS, *STYLES)
+RIGHT, BARE = "Gives the right answer.", "Gives the bare answer."
 
 
 def write_kinds(source: Path, folder: Path, held_out: int) -> None:
@@ -35,8 +34,8 @@ def write_kinds(source: Path, folder: Path, held_out: int) -> None:
     """
     train, test = (_answerable(source / f"{split}.jsonl", folder) for split in ("train", "test"))
     for number, (kind, make) in enumerate({"preference": _preferred, "rubric": _wished}.items()):
-        write_rl_prompts(training_file(folder, kind), map(make, train[number::2], range(len(train))))
-        write_rl_prompts(held_out_file(folder, kind), map(make, test[:held_out], range(held_out)))
+        write_rl_prompts(training_file(folder, kind), map(make, train[number::2]))
+        write_rl_prompts(held_out_file(folder, kind), map(make, test[:held_out]))
 
 
 def training_file(folder: Path, kind: str) -> Path:
@@ -58,20 +57,19 @@ def _answerable(path: Path, folder: Path) -> list[RLPrompt]:
     return [dataclasses.replace(p, history=moved(p.history, path.parent, folder), reference=p.answer, rubric=()) for p in prompts]
 
 
-def _preferred(prompt: RLPrompt, number: int) -> RLPrompt:
-    return _checked(prompt, Check(form="sentence"))
+def _preferred(prompt: RLPrompt) -> RLPrompt:
+    return _checked(prompt, "sentence")
 
 
-def _wished(prompt: RLPrompt, number: int) -> RLPrompt:
-    """The prompt with the wish of its number, in turn."""
-    wish: Wish = WISHES[number % len(WISHES)]
+def _wished(prompt: RLPrompt) -> RLPrompt:
     *earlier, question = prompt.history
-    asked = dataclasses.replace(question, content=(*question.content, Text(f" {wish.text}")))
-    prompt = dataclasses.replace(prompt, history=(*earlier, asked), rubric=(RIGHT, wish.text))
-    return _checked(prompt, Check(form=wish.form, starts=wish.starts, ends=wish.ends))
+    # Before the question, as in the dialogues of SFT.
+    content = (Text(f"{ONE_WORD.text} {item.text}") if isinstance(item, Text) else item for item in question.content)
+    history = (*earlier, dataclasses.replace(question, content=tuple(content)))
+    return _checked(dataclasses.replace(prompt, history=history, rubric=(RIGHT, BARE)), ONE_WORD.form)
 
 
-def _checked(prompt: RLPrompt, form: Check) -> RLPrompt:
+def _checked(prompt: RLPrompt, form: str) -> RLPrompt:
     others = tuple(choice for choice in prompt.choices if choice != prompt.answer)
-    check = dataclasses.replace(form, has=(prompt.answer,), lacks=others)
+    check = Check((prompt.answer,), others, form)
     return dataclasses.replace(prompt, meta={**prompt.meta, "checks": [check.record()]})

@@ -1,5 +1,6 @@
 """Results of a study as JSON (mean, deviation and values over the seeds) and as one page of curves and tables."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,16 +18,6 @@ _NOTE = (
 
 def run_study(study: Study, setting: Setting) -> dict[str, Any]:
     """Run a study, write `results.json` and `report.html` into its folder, and return the results."""
-    found = run_arms(study, setting)
-    results = summarise(study, setting, found)
-    write_json(setting.out / "results.json", results)
-    write_text(setting.out / "report.html", report(study, results))
-    return results
-
-
-def summarise(study: Study, setting: Setting, found: Found) -> dict[str, Any]:
-    """The results: the spread of every measure, of every arm after every leg, the start first."""
-    arms = {arm: [_spreads([rows[number] for rows in seeds]) for number in range(len(seeds[0]))] for arm, seeds in found.items()}
     rl = setting.config(setting.out, 0, setting.start).rl
     size = {
         "iterations_a_leg": rl.iterations,
@@ -35,8 +26,17 @@ def summarise(study: Study, setting: Setting, found: Found) -> dict[str, Any]:
         "held_out_prompts": setting.held_out,
         "held_out_samples": setting.samples,
     }
-    results = {"title": study.title, "start": str(setting.start), "seeds": list(setting.seeds), **size, "arms": arms}
-    return results | ({"forgetting": _forgetting(study, found)} if study.forgetting else {})
+    known = {"title": study.title, "start": str(setting.start), "seeds": list(setting.seeds), **size}
+    results = known | summarise(study, run_arms(study, setting))
+    write_json(setting.out / "results.json", results)
+    write_text(setting.out / "report.html", report(study, results))
+    return results
+
+
+def summarise(study: Study, found: Found) -> dict[str, Any]:
+    """The spread of every measure over the seeds, of every arm after every leg, the start first."""
+    arms = {arm: [_spreads([rows[number] for rows in seeds]) for number in range(len(seeds[0]))] for arm, seeds in found.items()}
+    return {"arms": arms} | ({"forgetting": _forgetting(study, found)} if study.forgetting else {})
 
 
 def _forgetting(study: Study, found: Found) -> dict[str, dict[str, Any]]:
@@ -92,7 +92,7 @@ def _text(spread: Mapping[str, Any]) -> str:
 def _panel(title: str, measure: str, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """A curve of means for every arm, with a band of one deviation."""
     series = []
-    for colour, (arm, legs) in zip(_COLOURS, arms.items(), strict=True):
+    for colour, (arm, legs) in zip(itertools.cycle(_COLOURS), arms.items(), strict=False):
         known = [leg for leg in legs if measure in leg]
         points = [(leg["iterations"], leg[measure]["mean"]) for leg in known]
         series.append(Series(arm, points, colour, band=[leg[measure]["deviation"] or 0.0 for leg in known]))

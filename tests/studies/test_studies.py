@@ -11,17 +11,20 @@ from training.toy_run import PITCHES, train, write_data
 
 from step_megatron.config.schema import JudgeConfig
 from step_megatron.data.checks import read_check
-from step_megatron.data.dialogues.phrases import sentence
+from step_megatron.data.dialogues.phrases import ONE_WORD, sentence
 from step_megatron.data.rl_prompts import RLPrompt, read_rl_prompts, write_rl_prompts
 from step_megatron.data.schema import SchemaError, read_conversations
 from step_megatron.rl.judge.judging import judge_pairs
 from step_megatron.rl.judge.prompt import Pair
 from step_megatron.rl.judge.scale import Scale
+from step_megatron.studies.arms import Setting, Study
+from step_megatron.studies.catalogue import STUDIES
 from step_megatron.studies.marks import MarksJudge
-from step_megatron.studies.prompts import KINDS, RIGHT, WISHES, held_out_file, training_file, write_kinds
-from step_megatron.studies.reporting import spread
+from step_megatron.studies.prompts import BARE, KINDS, RIGHT, held_out_file, training_file, write_kinds
+from step_megatron.studies.reporting import report, run_study, summarise
 
-WISH_OF = {wish.text: wish for wish in WISHES}
+WRITE = {"preference": sentence, "rubric": ONE_WORD.apply}
+RUBRICS = {"preference": (), "rubric": (RIGHT, BARE)}
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +49,16 @@ def test_each_kind_is_checked_for_what_its_prompt_asks_for(data, tmp_path):
     held_out = {kind: read_rl_prompts(held_out_file(tmp_path, kind)) for kind in KINDS}
     assert sorted(p.id for kind in KINDS for p in trained[kind]) == sorted(f"tone-{n}" for n in range(12))
     assert {p.id for p in held_out["preference"]} == {p.id for p in held_out["rubric"]} == {f"tone-{n}" for n in range(12, 18)}
-    assert {p.rubric[1] for p in held_out["rubric"]} == set(WISH_OF)
-    for prompt in held_out["preference"] + held_out["rubric"]:
-        check, right = read_check(prompt.meta["checks"][-1]), prompt.answer
-        wrong = next(pitch for pitch in PITCHES if pitch != right)
-        wish = WISH_OF[prompt.rubric[1]] if prompt.rubric else None
-        assert prompt.history[-1].text.endswith(wish.text if wish else "How high?")
-        write = wish.apply if wish else sentence
-        assert check.passes(write("pitch", right)) and not check.content(write("pitch", wrong))
-        assert not check.kept_form(sentence("pitch", right) if wish else right)
-        for address in prompt.conversation.audio_addresses():
-            assert (tmp_path / address).is_file()
+    for kind, other in (KINDS, KINDS[::-1]):
+        for prompt in held_out[kind]:
+            check, right = read_check(prompt.meta["checks"][-1]), prompt.answer
+            wrong = next(pitch for pitch in PITCHES if pitch != right)
+            assert prompt.rubric == RUBRICS[kind] and prompt.reference == right
+            assert prompt.history[-1].text == ("How high?" if kind == "preference" else "Answer in one word. How high?")
+            assert check.passes(WRITE[kind]("pitch", right))
+            assert not check.content(WRITE[kind]("pitch", wrong)) and not check.kept_form(WRITE[other]("pitch", right))
+            for address in prompt.conversation.audio_addresses():
+                assert (tmp_path / address).is_file()
 
 
 def test_prompts_without_choices_are_refused(data, tmp_path):
@@ -67,35 +69,40 @@ def test_prompts_without_choices_are_refused(data, tmp_path):
         write_kinds(tmp_path, tmp_path, held_out=1)
 
 
-@pytest.mark.parametrize("rubric", [(), *((RIGHT, wish.text) for wish in WISHES)])
-def test_the_judge_of_training_wants_what_the_prompt_asks_for(rubric):
-    write = WISH_OF[rubric[1]].apply if rubric else sentence
-    good, wrong, formless = write("pitch", "low"), write("pitch", "mid"), "low low low " * 3
-    pairs = [Pair(str(i), (), reply, "low", rubric) for i, reply in enumerate((good, wrong, formless))]
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_judge_of_training_wants_what_the_prompt_asks_for(kind):
+    replies = WRITE[kind]("pitch", "low"), WRITE[kind]("pitch", "mid"), "low low low low low"
+    pairs = [Pair(str(i), (), reply, "low", RUBRICS[kind]) for i, reply in enumerate(replies)]
 
     def rewards(hears: bool) -> list[float]:
         judgments = judge_pairs(pairs, MarksJudge(Scale(), hears), JudgeConfig(), seed=0)
         assert not any(judgment.orders_disagree or judgment.failures for judgment in judgments)
         return [judgment.reward for judgment in judgments]
 
-    assert rewards(True)[0] > max(rewards(True)[1:])
-    deaf = rewards(False)
-    assert (deaf[0] == deaf[1]) == (not rubric) and deaf[0] > deaf[2]
+    hearing, deaf = rewards(True), rewards(False)
+    assert hearing[0] > max(hearing[1:]) and deaf[0] > deaf[2]
+    assert (deaf[0] == deaf[1]) == (kind == "preference")
 
 
-def test_a_spread_is_that_of_a_sample():
-    values = [0.25, 0.5, 1.0]
-    found = spread(values)
-    assert (found["mean"], found["deviation"]) == pytest.approx((statistics.mean(values), statistics.stdev(values)))
-    assert spread([1.0])["deviation"] is None
+def test_what_the_first_kind_loses_in_the_second_leg_is_forgotten():
+    def rows(*rewards: tuple[float, float]) -> list[dict[str, float]]:
+        return [{"iterations": 3.0 * i, "first/reward": a, "second/reward": b} for i, (a, b) in enumerate(rewards)]
+
+    found = {"arm": [rows((0.5, 0.5), (0.9, 0.5), (0.6, 0.7)), rows((0.5, 0.5), (0.8, 0.4), (0.9, 0.8))]}
+    study = Study("A study", {"arm": ()}, ("first", "second"), (("first", "first/reward"),), forgetting=True)
+    summary = summarise(study, found)
+    last = summary["arms"]["arm"][-1]
+    values = [0.6, 0.9]
+    expected = {"mean": statistics.mean(values), "deviation": pytest.approx(statistics.stdev(values)), "values": values}
+    assert last["iterations"] == 6 and last["first/reward"] == expected
+    forgetting = summary["forgetting"]["arm"]
+    assert forgetting["first"]["values"] == pytest.approx([0.3, -0.1]) and forgetting["second"]["mean"] == pytest.approx(-0.3)
+    known = {"title": "A study", "start": "run", "seeds": [1, 2]}
+    assert "0.75 ± 0.21" in report(study, known | summary)
 
 
 def studied(rank: int, world_size: int, *, name: str, start: str, data: str, out: str) -> dict:
     """Run a study of two legs an arm, an iteration each."""
-    from step_megatron.studies.arms import Setting
-    from step_megatron.studies.catalogue import STUDIES
-    from step_megatron.studies.reporting import run_study
-
     study = STUDIES[name]
     study = dataclasses.replace(study, arms={arm: legs[:2] for arm, legs in study.arms.items()})
     settings = (
@@ -107,7 +114,7 @@ def studied(rank: int, world_size: int, *, name: str, start: str, data: str, out
         "megatron.optimizer.lr=1e-3",
         "data.tokens_per_micro_batch=256",
     )
-    setting = Setting(Path(start), Path(data), Path(out), overrides=settings, seeds=(1, 2), held_out=3)
+    setting = Setting(Path(start), Path(data), Path(out), overrides=settings, seeds=(1,), held_out=3)
     return run_study(study, setting)
 
 
@@ -141,14 +148,9 @@ def test_arms_see_as_many_samples_of_a_kind_in_their_own_order(data, start, tmp_
         "preference first": [{"preference": 8}, {"rubric": 8}],
         "rubric first": [{"rubric": 8}, {"preference": 8}],
     }
-    for arm, legs in results["arms"].items():
-        assert [leg["iterations"] for leg in legs] == [0, 1, 2]
-        for kind in KINDS:
-            first, second = (legs[i][f"{kind}/reward"]["values"] for i in (1, 2))
-            assert results["forgetting"][arm][kind]["values"] == pytest.approx(
-                [a - b for a, b in zip(first, second, strict=True)]
-            )
-    assert (tmp_path / "report.html").read_text().count("<polygon") == 18
+    assert [leg["iterations"] for leg in results["arms"]["joint"]] == [0, 1, 2]
+    assert all(set(found) == set(KINDS) for found in results["forgetting"].values())
+    assert (tmp_path / "report.html").read_text().count("<polygon") == 3 * len(STUDIES["joint-vs-sequential"].panels)
 
     before = (tmp_path / "joint" / "1" / "second" / "metrics.jsonl").stat().st_mtime_ns
     (again,) = worker_pool(1).run(studied, arguments)
