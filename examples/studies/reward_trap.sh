@@ -11,4 +11,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source examples/studies/study.sh
-study reward-trap rl.iterations=5 "$@"
+study reward-trap rl.iterations=4 "$@"
