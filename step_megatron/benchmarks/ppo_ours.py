@@ -12,7 +12,7 @@ from step_megatron.data.schema import Turn
 from step_megatron.rl.judge.local import ScoringJudge
 from step_megatron.rl.judge.scale import Scale
 from step_megatron.rl.loop import iterate
-from step_megatron.rl.run import closing_run
+from step_megatron.rl.run import opened_run
 from step_megatron.runtime.device import initialize, shutdown
 
 # What a reply is rewarded for: how often it has this letter, over the most tokens that it may have.
@@ -63,7 +63,7 @@ def main() -> None:
     runtime = initialize(config)
     try:
         judge = ScoringJudge(letters, Scale(config.rl.judge.levels), span=job.new_tokens)
-        with closing_run(config, runtime, dist.group.WORLD, judge) as run:
+        with opened_run(config, runtime, dist.group.WORLD, judge) as run:
             while True:
                 pace.wait()
                 metrics = iterate(run.ppo)
