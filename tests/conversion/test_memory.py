@@ -16,9 +16,9 @@ GIB = 1 << 30
 STEP_AUDIO = (64, 5120, 27648, 40, 8, 158720)
 
 
-def alone(function: Callable, folder: Path, **kwargs: Any) -> dict:
+def alone(function: Callable, logs: Path, **kwargs: Any) -> dict:
     """What a function tells from a process of its own, forked from one that has imported everything."""
-    with RankProcesses(1, folder) as process:
+    with RankProcesses(1, logs) as process:
         process.start(function, kwargs)
         heard = process.heard(timeout=3600)
         process.join()
