@@ -83,12 +83,12 @@ def test_records_say_what_their_replies_are(built):
             assert verdict.overall == 3 * (right[0] - right[1])
         if preference.rubric == (CRITERIA["bare"],):
             assert verdict.overall == 3 * (sentence[1] - sentence[0])
-        first, *lines = preference.reasoning.split("\n")
-        assert first.endswith(f": {answer}") and preference.reference_from == "data"
-        for line, name, reply, is_right, is_sentence in zip(lines, ("response", "reference"), said, right, sentence, strict=True):
-            about, what, form = line.split(", ")
-            assert about.startswith(f"{{{name}}}: ") and about.split(": ")[1] in reply
-            assert (what, form) == ("right" if is_right else "wrong", "sentence" if is_sentence else "bare")
+        *lines, heard, judged = preference.reasoning.split("\n")
+        for line, name, reply, is_sentence in zip(lines, ("response", "reference"), said, sentence, strict=True):
+            what, form = line.removeprefix(f"{{{name}}}: ").split(", ")
+            assert what in reply and form == ("sentence" if is_sentence else "bare")
+        assert heard.endswith(f": {answer}") and preference.reference_from == "data"
+        assert judged == "right: " + {3: "both", 2: "{response}", 1: "{reference}", 0: "neither"}[2 * right[0] + right[1]]
 
 
 def test_every_level_occurs_and_length_alone_says_little(built):

@@ -6,11 +6,12 @@ A reply is right or wrong, and is a `sentence` or the `bare` answer. Hence the l
 - with one: three for each criterion that one reply meets and the other does not, and overall their mean. Criteria ask for the
   right answer, a sentence or the bare answer, so that the same two replies are judged one way or the other.
 
-A wrong reply has another answer of the same task and split. Forms are drawn evenly, apart from rightness, so a longer reply wins
-about as often as it loses. The reasoning is the measured facts and the answer, then what each reply says and is. Every task has
-as many records; a task with few clips is asked about again, with other replies. Transcription is left out: a judge that learnt
-from an hour of speech does not hear the words. No audio is decoded: records name the clips that the conversations name, and keep
-their split, so that no transcript is in two splits.
+A wrong reply has another answer of the same task and split. Forms are drawn evenly, apart from rightness, so a longer reply
+wins about as often as it loses. The reasoning is what each reply says, the measured facts and the answer, and who is right,
+in this order: a small model that writes the answer first takes it for what the replies say. Every task has as many records; a
+task with few clips is asked about again, with other replies. Transcription is left out: a judge that learnt from an hour of
+speech does not hear the words. No audio is decoded: records name the clips that the conversations name, and keep their split,
+so that no transcript is in two splits.
 """
 
 import dataclasses
@@ -122,12 +123,10 @@ def _preference(
     )
     rubric = rng.choice(_RUBRICS) if rng.random() < 0.5 else ()
     verdict = rubric_levels(rubric, response, reference) if rubric else Verdict((), plain_level(response, reference))
+    said = [f"{{response}}: {answers[0]}, {response.form}", f"{{reference}}: {answers[1]}, {reference.form}"]
     measured = f"{turn.reasoning}: " if turn.reasoning else ""
-    lines = [
-        f"{{{name}}}: {answer}, {'right' if reply.right else 'wrong'}, {reply.form}"
-        for name, answer, reply in zip(("response", "reference"), answers, (response, reference), strict=True)
-    ]
-    reasoning = "\n".join((f"{measured}{right}", *lines))
+    right_ones = {(True, True): "both", (True, False): "{response}", (False, True): "{reference}", (False, False): "neither"}
+    reasoning = "\n".join((*said, measured + right, f"right: {right_ones[rights]}"))
     kept = {name: conversation.meta[name] for name in ("split", "text", "group") if name in conversation.meta}
     return Preference(
         id=name,
