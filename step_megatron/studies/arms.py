@@ -13,6 +13,9 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -124,7 +127,7 @@ def run_arms(study: Study, setting: Setting) -> Found:
     start = {"iterations": 0.0} | measure(folder, texts, texts)
     plan = [(study, arm, seed, setting) for seed in setting.seeds for arm in study.arms]
     if setting.jobs > 1:
-        with ProcessPoolExecutor(setting.jobs, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(setting.jobs, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
             measured = list(pool.map(run_arm, *zip(*plan, strict=True)))
     else:
         measured = list(itertools.starmap(run_arm, plan))
@@ -132,6 +135,16 @@ def run_arms(study: Study, setting: Setting) -> Found:
     for (_, arm, _, _), legs in zip(plan, measured, strict=True):
         found[arm].append([start, *legs])
     return found
+
+
+def _end_with_parent() -> None:
+    """A worker whose study was killed ends too, instead of running what is left with nobody to tell."""
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def run_arm(study: Study, arm: str, seed: int, setting: Setting) -> list[Row]:

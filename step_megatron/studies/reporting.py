@@ -1,6 +1,7 @@
 """Results of a study as JSON (mean, deviation and values over the seeds) and as one page of curves and tables."""
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,9 +50,8 @@ def _forgetting(study: Study, found: Found) -> dict[str, dict[str, Any]]:
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean and sample standard deviation (None of one value) over the seeds, and the values."""
-    mean = sum(values) / len(values)
-    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else None
-    return {"mean": mean, "deviation": deviation, "values": list(values)}
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "deviation": deviation, "values": list(values)}
 
 
 def _spreads(rows: Sequence[Row]) -> dict[str, Any]:

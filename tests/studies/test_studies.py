@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import statistics
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -92,9 +92,9 @@ def test_what_the_first_kind_loses_in_the_second_leg_is_forgotten():
     study = Study("A study", {"arm": ()}, ("first", "second"), (("first", "first/reward"),), forgetting=True)
     summary = summarise(study, found)
     last = summary["arms"]["arm"][-1]
-    values = [0.6, 0.9]
-    expected = {"mean": statistics.mean(values), "deviation": pytest.approx(statistics.stdev(values)), "values": values}
-    assert last["iterations"] == 6 and last["first/reward"] == expected
+    # Two values' sample deviation is their distance over the root of two.
+    assert last["iterations"] == 6 and last["first/reward"]["values"] == [0.6, 0.9]
+    assert (last["first/reward"]["mean"], last["first/reward"]["deviation"]) == pytest.approx((0.75, 0.3 / math.sqrt(2)))
     forgetting = summary["forgetting"]["arm"]
     assert forgetting["first"]["values"] == pytest.approx([0.3, -0.1]) and forgetting["second"]["mean"] == pytest.approx(-0.3)
     known = {"title": "A study", "start": "run", "seeds": [1, 2]}
@@ -140,7 +140,7 @@ def kinds_trained(folder: Path, prompts: Path) -> list[Counter]:
 
 def test_arms_see_as_many_samples_of_a_kind_in_their_own_order(data, start, tmp_path, worker_pool):
     arguments = {"name": "joint-vs-sequential", "start": str(start), "data": str(data), "out": str(tmp_path)}
-    (results,) = worker_pool(1).run(studied, arguments)
+    (results,) = worker_pool(1).run(studied, arguments, timeout=600)
     trained = {arm: kinds_trained(tmp_path / arm.replace(" ", "-") / "1", tmp_path / "prompts") for arm in results["arms"]}
     both = {"preference": 4, "rubric": 4}
     assert trained == {
@@ -153,13 +153,13 @@ def test_arms_see_as_many_samples_of_a_kind_in_their_own_order(data, start, tmp_
     assert (tmp_path / "report.html").read_text().count("<polygon") == 3 * len(STUDIES["joint-vs-sequential"].panels)
 
     before = (tmp_path / "joint" / "1" / "second" / "metrics.jsonl").stat().st_mtime_ns
-    (again,) = worker_pool(1).run(studied, arguments)
+    (again,) = worker_pool(1).run(studied, arguments, timeout=600)
     assert again == results and (tmp_path / "joint" / "1" / "second" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
 def test_arms_are_rewarded_for_their_own_and_go_on_in_one_run(data, start, tmp_path, worker_pool):
     arguments = {"name": "reward-trap", "start": str(start), "data": str(data), "out": str(tmp_path)}
-    (results,) = worker_pool(1).run(studied, arguments)
+    (results,) = worker_pool(1).run(studied, arguments, timeout=600)
     lines = {arm: json.loads((tmp_path / arm / "1/ppo/metrics.jsonl").read_text().split("\n")[1]) for arm in results["arms"]}
     rewarded = {arm: {name for name in line if name in ("reward/verifiable", "reward/preference")} for arm, line in lines.items()}
     assert rewarded == {
