@@ -14,11 +14,13 @@ from pathlib import Path
 from step_megatron.data.checks import Check
 from step_megatron.data.dialogues.phrases import ONE_WORD
 from step_megatron.data.preferences import moved
+from step_megatron.data.recipes.preferences import CRITERIA
 from step_megatron.data.rl_prompts import RLPrompt, read_rl_prompts, write_rl_prompts
 from step_megatron.data.schema import SchemaError, Text
 
 KINDS = ("preference", "rubric")
-RIGHT, BARE = "Gives the right answer.", "Gives the bare answer."
+# As the quickstart's reward model knows them.
+RIGHT, BARE = CRITERIA["right"], CRITERIA["bare"]
 
 
 def write_kinds(source: Path, folder: Path, held_out: int) -> None:
