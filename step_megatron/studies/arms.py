@@ -127,7 +127,9 @@ def run_arms(study: Study, setting: Setting) -> Found:
     start = {"iterations": 0.0} | measure(folder, texts, texts)
     plan = [(study, arm, seed, setting) for seed in setting.seeds for arm in study.arms]
     if setting.jobs > 1:
-        with ProcessPoolExecutor(setting.jobs, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
+        # A process for each arm: process groups of earlier runs leave threads behind.
+        settings = {"mp_context": multiprocessing.get_context("spawn"), "initializer": _end_with_parent, "max_tasks_per_child": 1}
+        with ProcessPoolExecutor(setting.jobs, **settings) as pool:
             measured = list(pool.map(run_arm, *zip(*plan, strict=True)))
     else:
         measured = list(itertools.starmap(run_arm, plan))
