@@ -34,6 +34,8 @@ constexpr int64_t kNormBlock = 64;
   void swiglu_backward(const float* gradient, const float* x, float* grad_x, int64_t rows, int64_t width);                        \
   void rope(const float* x, int64_t token_stride, int64_t head_stride, const float* cos, const float* sin, float* out,            \
             int64_t tokens, int64_t heads, int64_t dim, bool inverse);                                                            \
+  void rope_to_cache(const float* qkv, const float* cos, const float* sin, const int64_t* slots, float* query, float* keys,       \
+                     float* values, int64_t tokens, int64_t groups, int64_t queries, int64_t dim);                                \
   void softmax_statistics(const float* logits, const int64_t* labels, float* out, int64_t rows, int64_t width, int64_t start,     \
                           bool moments);                                                                                          \
   void softmax_gradient(float* logits, const int64_t* labels, const float* lse, const float* first, const float* second,          \

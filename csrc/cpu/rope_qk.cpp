@@ -1,4 +1,6 @@
 // Rotary embedding of heads, half-rotated: both halves of a head are read once and written once.
+#include <cstring>
+
 #include "isa.h"
 #include "ops.h"
 #include "parallel.h"
@@ -36,6 +38,24 @@ void rope(const float* x, int64_t token_stride, int64_t head_stride, const float
       for (int64_t head = 0; head < heads; head++)
         rotate_head(x + token * token_stride + head * head_stride, cos + token * dim, sin + token * dim,
                     out + (token * heads + head) * dim, dim / 2, inverse);
+  });
+}
+
+// Of each token and group the queries, the key and the value lie side by side; key and value go to the token's slot.
+void rope_to_cache(const float* qkv, const float* cos, const float* sin, const int64_t* slots, float* query, float* keys,
+                   float* values, int64_t tokens, int64_t groups, int64_t queries, int64_t dim) {
+  parallel_for(tokens, 1 + kGrain / (groups * (queries + 2) * dim + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; token++) {
+      const float *c = cos + token * dim, *s = sin + token * dim;
+      for (int64_t group = 0; group < groups; group++) {
+        const float* head = qkv + (token * groups + group) * (queries + 2) * dim;
+        const int64_t place = (slots[token] * groups + group) * dim;
+        for (int64_t i = 0; i < queries; i++, head += dim)
+          rotate_head(head, c, s, query + ((token * groups + group) * queries + i) * dim, dim / 2, false);
+        rotate_head(head, c, s, keys + place, dim / 2, false);
+        std::memcpy(values + place, head + dim, sizeof(float) * dim);
+      }
+    }
   });
 }
 

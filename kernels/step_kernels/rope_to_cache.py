@@ -2,8 +2,8 @@
 
     query = rotate(q),   key_cache[slot] = rotate(k),   value_cache[slot] = v          rotate as in `rope_qk`
 
-of the product `[q..q, k, v]` of every group, as Megatron's fused layer lays it out. In C++ one pass rotates the queries and the
-key of every group where they lie. Forward only: it serves generation.
+of the product `[q..q, k, v]` of every group, as Megatron's fused layer lays it out. In C++ one pass reads the product once.
+Forward only: it serves generation.
 
 Source: Su et al., RoFormer (arXiv:2104.09864); PagedAttention (Kwon et al. 2023) for the pages.
 """
@@ -66,13 +66,11 @@ def _op(qkv: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: T
     if registry.backend(OP, qkv) == "torch":
         return rope_to_cache_reference(qkv, cos, sin, key_cache, value_cache, slots)
     tokens, groups, heads, dim = qkv.shape
-    # A group's query heads and its key are neighbours: to the kernel, each group of each token is a token of its own.
-    packed = qkv.reshape(tokens * groups, heads, dim)
-    rotated = qkv.new_empty(tokens * groups, heads - 1, dim)
-    native.ops().rope(packed[:, :-1], cos.repeat_interleave(groups, 0), sin.repeat_interleave(groups, 0), False, rotated)
-    for cache, new in ((key_cache, rotated[:, -1]), (value_cache, packed[:, -1])):
-        cache.flatten(0, 1).index_copy_(0, slots, new.view(tokens, groups, dim))
-    return rotated[:, :-1].reshape(tokens, groups * (heads - 2), dim)
+    query = qkv.new_empty(tokens, groups * (heads - 2), dim)
+    native.ops().rope_to_cache(
+        qkv.contiguous(), cos.contiguous(), sin.contiguous(), slots.contiguous(), query, key_cache, value_cache
+    )
+    return query
 
 
 @_op.register_fake

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.distributed import ProcessGroup
 
-from step_kernels import native
+from step_kernels import native, registry
 from step_kernels.triton_language import jit, tl
 
 # 16 bytes a thread and load at 16 warps; smaller rows take a block of their own length.
@@ -82,6 +82,17 @@ class Rows:
         below = largest - most
         factor = below.exp()
         return torch.stack((most, (total * factor).sum(0), target.sum(0), ((moment + total * below) * factor).sum(0)))
+
+
+def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities `[rows]` float32 of ids `[rows]` under the softmax of logits `[rows, vocabulary]`, in one pass over them.
+
+    A row's bits depend on that row alone. Forward only: it serves generation, which has the logits anyway
+    (`linear_log_probs` never holds them all).
+    """
+    rows = Rows(registry.backend("linear_cross_entropy", logits), 0, "")
+    lse, target, _ = rows.statistics(logits.contiguous(), tokens, moments=False)
+    return target - lse
 
 
 def resolve(group: str) -> ProcessGroup:

@@ -7,6 +7,7 @@ that starts again needs no state.
 from dataclasses import dataclass
 
 import torch
+from step_kernels.softmax_rows import token_log_probs
 
 # SplitMix64 (Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014), as signed 64-bit integers.
 _GOLDEN, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
@@ -80,27 +81,22 @@ def choose(logits: torch.Tensor, rows: RowSettings, needs: Needs) -> tuple[torch
     if needs.draws:
         temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
         policy = logits / temperature
-    logprobs = policy.log_softmax(-1)
-    candidates = logprobs
-    if needs.penalises or needs.bans:
-        # From the logits on, so that a row that asks for neither keeps its bits.
-        adjusted = policy
-        if needs.penalises:
-            penalty = rows.penalty[:, None]
-            adjusted = torch.where(rows.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-            adjusted = adjusted / temperature if needs.draws else adjusted
-        if needs.bans:
-            adjusted = adjusted.scatter_add(1, rows.banned, rows.ban)
-        candidates = adjusted.log_softmax(-1)
+    candidates = policy
+    if needs.penalises:
+        penalty = rows.penalty[:, None]
+        candidates = torch.where(rows.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        candidates = candidates / temperature if needs.draws else candidates
+    if needs.bans:
+        candidates = candidates.scatter_add(1, rows.banned, rows.ban)
     tokens = candidates.argmax(-1)
     if needs.draws:
-        probabilities = candidates.exp()
+        probabilities = candidates.softmax(-1)
         if needs.truncates:
             probabilities = _truncate(probabilities, rows)
         drawn = _invert(probabilities.cumsum(-1), uniform(rows.seeds, rows.draws))
         tokens = torch.where(rows.temperature > 0, drawn, tokens)
     tokens = torch.where(rows.forced >= 0, rows.forced, tokens)
-    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+    return tokens, token_log_probs(policy, tokens)
 
 
 def _truncate(probabilities: torch.Tensor, rows: RowSettings) -> torch.Tensor:

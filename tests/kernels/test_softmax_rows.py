@@ -6,7 +6,7 @@ Barriers are not among the faults: the interpreter runs a program's lanes in ste
 import pytest
 import torch
 from step_kernels import softmax_rows
-from support.kernel_checks import assert_as_good_as_plain
+from support.kernel_checks import assert_as_good_as_plain, backends_here, forced
 from support.triton_faults import with_fault
 
 # Two blocks and a column more; the labels: the first column, the last, one of the rank before, one of the rank after.
@@ -123,3 +123,15 @@ def test_a_fault_is_noticed(tmp_path, kernel, old, new):
         PASSES[kernel]()
     with with_fault(tmp_path, "softmax_rows", kernel, old, new), pytest.raises(AssertionError, match="off by"):
         PASSES[kernel]()
+
+
+@pytest.mark.parametrize("backend", backends_here("linear_cross_entropy"))
+def test_log_probabilities_of_tokens(backend):
+    generator = torch.Generator().manual_seed(3)
+    logits = 5 * torch.randn(7, 101, generator=generator)
+    tokens = torch.randint(0, 101, (7,), generator=generator)
+    exact, plain = (logits.to(dtype).log_softmax(1).gather(1, tokens[:, None])[:, 0] for dtype in (torch.float64, torch.float32))
+    with forced(backend):
+        found = softmax_rows.token_log_probs(logits, tokens)
+        assert_as_good_as_plain(found, exact, plain)
+        assert torch.equal(softmax_rows.token_log_probs(logits[2:4], tokens[2:4]), found[2:4]), "a row's bits are its own"
