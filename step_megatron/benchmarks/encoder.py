@@ -19,6 +19,7 @@ from step_kernels.bench.contestants import by
 from torch import nn
 
 from step_megatron.audio.front_end import DecodedClip, LogMelFrontEnd, split_chunks
+from step_megatron.benchmarks.spread import spread
 from step_megatron.config.schema import EncoderConfig
 from step_megatron.data.recipes import asterisk
 from step_megatron.model.encoder import AudioEncoder, build_encoder
@@ -71,10 +72,10 @@ def run(options: Namespace) -> dict:
         f"{Path(encoder.config.weights).name}; audio-seconds a second, median of {len(rounds)} (lowest-highest)"
     )
     for name in contestants:
-        print(f"  {name:15} {_spread([each[name] * seconds for each in rounds])}")
-    print(f"  ours / padded  {_spread(over_padded)}, ratio of counted FLOPs {limit:.1f}")
-    print(f"  ours / cropped {_spread(over_cropped)}; largest difference of a feature {difference:.1e}")
-    print(f"  ours / plain torch ops {_spread(over_torch)}: by so much the kernels make the whole encoder faster")
+        print(f"  {name:15} {spread([each[name] * seconds for each in rounds])}")
+    print(f"  ours / padded  {spread(over_padded)}, ratio of counted FLOPs {limit:.1f}")
+    print(f"  ours / cropped {spread(over_cropped)}; largest difference of a feature {difference:.1e}")
+    print(f"  ours / plain torch ops {spread(over_torch)}: by so much the kernels make the whole encoder faster")
     return {
         "name": "encoder",
         "ratio": statistics.median(over_padded),
@@ -186,7 +187,3 @@ def _clips_per_second(work: Callable, clips: Sequence[torch.Tensor]) -> float:
     start = time.perf_counter()
     work(clips)
     return len(clips) / (time.perf_counter() - start)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"

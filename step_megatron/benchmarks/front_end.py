@@ -17,6 +17,7 @@ import torch
 
 from step_megatron.audio.front_end import DecodedClip, LogMelFrontEnd, split_chunks
 from step_megatron.audio.geometry import SAMPLE_RATE
+from step_megatron.benchmarks.spread import spread
 
 _MELS = 128
 _CLIPS = 64
@@ -55,10 +56,10 @@ def run(options: Namespace) -> dict:
         rounds = [{name: seconds / _cpu_seconds(work) for name, work in contestants.items()} for _ in range(options.repeats)]
     print(f"{len(clips)} {source} clips, {seconds:.0f} s; audio-seconds per CPU-second, median of {len(rounds)} (lowest-highest)")
     for name in contestants:
-        print(f"  {name:9} {_spread([each[name] for each in rounds])}")
+        print(f"  {name:9} {spread([each[name] for each in rounds])}")
     ratio = [each["ours"] / each["padded"] for each in rounds]
     unpadded = [each["ours"] / each["unpadded"] for each in rounds]
-    print(f"  ours / padded   {_spread(ratio)}, expected over {_EXPECTED:g}\n  ours / unpadded {_spread(unpadded)}")
+    print(f"  ours / padded   {spread(ratio)}, expected over {_EXPECTED:g}\n  ours / unpadded {spread(unpadded)}")
     return {
         "name": "front-end",
         "ratio": statistics.median(ratio),
@@ -103,7 +104,3 @@ def _cpu_seconds(work: Callable[[], object]) -> float:
     start = time.process_time()
     work()
     return time.process_time() - start
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"

@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from step_megatron.benchmarks.spread import spread
 from step_megatron.checkpoint.safetensors_files import TensorInfo, write_safetensors
 from step_megatron.config.schema import Config, MegatronConfig
 from step_megatron.conversion.importing import import_model
@@ -68,9 +69,9 @@ def run(options: Namespace) -> dict:
             rounds.append({name: _measured(work, Path(folder) / name) for name, work in contestants.items()})
     print(f"{size / 1e9:.2f} GB of bfloat16, read from the page cache, written and synced to {place}; GB/s")
     for name in contestants:
-        print(f"  {name:7} {_spread([size / 1e9 / each[name].wall for each in rounds])}")
+        print(f"  {name:7} {spread([size / 1e9 / each[name].wall for each in rounds])}")
     ratios = [each["copy"].wall / each["import"].wall for each in rounds]
-    print(f"  import / copy: {_spread(ratios)}")
+    print(f"  import / copy: {spread(ratios)}")
     return {
         "name": "import",
         "ratio": statistics.median(ratios),
@@ -139,7 +140,3 @@ def _clean(out: Path) -> Iterator[None]:
 def _cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"

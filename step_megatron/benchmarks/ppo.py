@@ -29,6 +29,7 @@ import tokenizers
 import step_megatron
 from step_megatron.benchmarks import peer_environment, ppo_ours
 from step_megatron.benchmarks.ppo_job import Job, Report
+from step_megatron.benchmarks.spread import spread
 from step_megatron.conversion.live import write_decoder
 from step_megatron.data.rl_prompts import RLPrompt, write_rl_prompts
 from step_megatron.data.schema import Text, Turn
@@ -187,15 +188,11 @@ def _report(rounds: list[dict[str, Report]], jobs: dict[str, Job], load: tuple[f
         phases = {phase: statistics.median(each.phases.get(phase, 0.0) for each in reports) for phase in reports[0].phases}
         reward = statistics.mean(each.reward for each in reports)
         told[name] = {"seconds": statistics.median(seconds), "phases": phases, "reward": reward, "start": start, "peak": peak}
-        print(f"  {name:12} {_spread(seconds)}; reward {reward:.3f}; {peak - start:.0f} MiB above the {start:.0f} at the start")
+        print(f"  {name:12} {spread(seconds)}; reward {reward:.3f}; {peak - start:.0f} MiB above the {start:.0f} at the start")
         print("               " + ", ".join(f"{phase} {value:.2f}" for phase, value in phases.items()))
     result: dict = {"name": "ppo"}
     for suffix, ours, peer in (("", "ppo", "ppo"), ("_shared", "shared", "ppo"), ("_rloo", "rloo", "rloo")):
         ratios = [each[f"TRL {peer}"].seconds / each[f"ours {ours}"].seconds for each in rounds]
-        print(f"  TRL {peer} / ours {ours}: {_spread(ratios)}")
+        print(f"  TRL {peer} / ours {ours}: {spread(ratios)}")
         result |= {f"ratio{suffix}": statistics.median(ratios), f"low{suffix}": min(ratios), f"high{suffix}": max(ratios)}
     return result | {"contestants": told, "rounds": len(rounds), "threads": job.threads, "load": load}
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"

@@ -27,6 +27,7 @@ import torch
 
 from step_megatron.benchmarks import rollout_peer
 from step_megatron.benchmarks.rollout_peer import ContinuousBatching, Work
+from step_megatron.benchmarks.spread import spread
 from step_megatron.benchmarks.train_step import OVERRIDES
 from step_megatron.config import load_config
 from step_megatron.conversion.live import write_decoder
@@ -73,17 +74,17 @@ def run(options: Namespace) -> dict:
             "spread": _measure("spread", cases.spread(), _lengths(len(prompts)), options.repeats),
         }
     lengths = _lengths(len(prompts))
-    spread = measured["spread"]["ours_over"][_PEER]
+    over = measured["spread"]["ours_over"][_PEER]
     limit = max(lengths) / statistics.mean(lengths)
-    print(f"spread: longest reply over mean {limit:.2f}; reached {spread['median'] / limit:.0%} of it")
+    print(f"spread: longest reply over mean {limit:.2f}; reached {over['median'] / limit:.0%} of it")
     return {
         "name": "rollout",
         "preset": preset,
-        "ratio": spread["median"],
-        "low": spread["low"],
-        "high": spread["high"],
+        "ratio": over["median"],
+        "low": over["low"],
+        "high": over["high"],
         "limit": limit,
-        "share_of_limit": spread["median"] / limit,
+        "share_of_limit": over["median"] / limit,
         "cases": measured,
         "absent": absent,
         "prompts": len(prompts),
@@ -163,12 +164,12 @@ def _measure(case: str, contestants: dict[str, Work], lengths: list[int] | None,
     rounds = [{name: counted / _seconds(work) for name, work in contestants.items()} for _ in range(repeats)]
     print(f"{case}: {counted} new tokens, {torch.get_num_threads()} threads; tokens a second, median (lowest-highest)")
     for name in contestants:
-        print(f"  {name:27} {_spread([each[name] for each in rounds])}")
+        print(f"  {name:27} {spread([each[name] for each in rounds])}")
     over = {}
     for other in contestants:
         if other != _OURS:
             ratios = [each[_OURS] / each[other] for each in rounds]
-            print(f"  ours / {other}: {_spread(ratios)}")
+            print(f"  ours / {other}: {spread(ratios)}")
             over[other] = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
     rates = {name: statistics.median(each[name] for each in rounds) for name in contestants}
     return {"tokens": counted, "agreeing": agreeing, "tokens_per_second": rates, "ours_over": over}
@@ -195,7 +196,3 @@ def _seconds(work: Work) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"

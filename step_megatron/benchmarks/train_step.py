@@ -27,6 +27,7 @@ from step_kernels.packing import first_fit_decreasing
 
 from step_megatron.audio.cache import EncodedClip
 from step_megatron.audio.geometry import HOP_SAMPLES, chunk_frames
+from step_megatron.benchmarks.spread import spread
 from step_megatron.benchmarks.train_step_peer import PADDED_FRAMES, Peer, Sample
 from step_megatron.config import load_config
 from step_megatron.config.schema import Config
@@ -217,14 +218,14 @@ def _report(rounds: list[dict[str, float]], samples: Sequence[Sample], ours: Our
         f"the peer (25 Hz), {torch.get_num_threads()} threads; samples a second, median of {len(rounds)} (lowest-highest)"
     )
     for name in rounds[0]:
-        print(f"  {name:19} {_spread([each[name] for each in rounds])}")
+        print(f"  {name:19} {spread([each[name] for each in rounds])}")
     result = {"name": "train-step", "limit": limit}
     pairs = {"": ("ours", "padded"), "_cropped": ("ours", "cropped"), "_equal_tokens": ("equal tokens", "padded")}
     pairs |= {"_equal_tokens_cropped": ("equal tokens", "cropped"), "_cached": ("cached", "padded")}
     pairs |= {"_torch": ("ours", "plain torch"), "_cached_torch": ("cached", "plain torch, cached")}
     for suffix, (first, second) in pairs.items():
         ratios = [each[first] / each[second] for each in rounds]
-        print(f"  {first} / {second}: {_spread(ratios)}")
+        print(f"  {first} / {second}: {spread(ratios)}")
         result |= {f"ratio{suffix}": statistics.median(ratios), f"low{suffix}": min(ratios), f"high{suffix}": max(ratios)}
     print(f"  ratio of counted FLOPs, padded over ours: {limit:.1f}")
     return result | {
@@ -234,7 +235,3 @@ def _report(rounds: list[dict[str, float]], samples: Sequence[Sample], ours: Our
         "audio_tokens": {"ours": ours.audio_tokens, "peer": theirs},
         "threads": torch.get_num_threads(),
     }
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from step_kernels.bench.lengths import asterisk
 
+from step_megatron.benchmarks.spread import spread
 from step_megatron.benchmarks.train_tokens_peer import Clock, Conversation, Pass, TrainerPeer
 from step_megatron.config import load_config
 from step_megatron.config.schema import Config
@@ -165,14 +166,14 @@ def _report(
     )
     rates = {name: [ours.tokens / each[name].seconds for each in rounds] for name in rounds[0]}
     for name, values in rates.items():
-        print(f"  {name:8} {_spread(values)}")
+        print(f"  {name:8} {spread(values)}")
     rate = statistics.median(rates["ours"])
     print(f"  ours computes {ours.work() / ours.tokens * rate / 1e9:.0f} GFLOP/s of what an update needs")
     result = {"name": "train-tokens", "preset": preset}
     for suffix, name in (("", "padded"), ("_packed", "packed")):
         ratios = [each[name].seconds / each["ours"].seconds for each in rounds]
         cpu = [each[name].cpu_seconds / each["ours"].cpu_seconds for each in rounds]
-        print(f"  ours / {name}: {_spread(ratios)}; by CPU time {_spread(cpu)}")
+        print(f"  ours / {name}: {spread(ratios)}; by CPU time {spread(cpu)}")
         result |= {f"ratio{suffix}": statistics.median(ratios), f"low{suffix}": min(ratios), f"high{suffix}": max(ratios)}
         result |= {f"ratio{suffix}_cpu": statistics.median(cpu)}
     return result | {
@@ -183,7 +184,3 @@ def _report(
         "threads": _THREADS,
         "load": load,
     }
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"

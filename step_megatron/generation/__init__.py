@@ -1,6 +1,7 @@
 """Generation: prompts with audio in; tokens, log-probabilities, why each ended, and the weights' version out.
 
     request.py      what is asked (prompt, sampling, reasoning budget) and what comes of it
+    interface.py    what an engine offers
     engine.py       the loop: admit, prefill, decode, hand out
     scheduler.py    who runs: admission by free pages, chunks of prompts, prompts shared by their samples, preemption
     sequence.py     one sample on its way: what it reads next, and when it ends

@@ -2,14 +2,9 @@
 
 from step_megatron.config.schema import Config
 from step_megatron.generation.engine import Engine
-from step_megatron.generation.sequence import Sequence
-from step_megatron.generation.vllm_backend import Request, VLLMEngine
+from step_megatron.generation.interface import RolloutEngine
+from step_megatron.generation.vllm_backend import VLLMEngine
 from step_megatron.model.audio_lm import AudioLanguageModel
-
-# What a rollout needs of an engine: `add`, `running`, `step`, `idle`, `cancel`, `generate`, `weights_changed`, `release_cache`.
-RolloutEngine = Engine | VLLMEngine
-# A sample on its way, with `done` and `result`.
-Sample = Sequence | Request
 
 
 def rollout_engine(model: AudioLanguageModel, config: Config) -> RolloutEngine:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from step_megatron.generation.engine import Engine, sample_seeds
+from step_megatron.generation.engine import Engine
+from step_megatron.generation.interface import sample_seeds
 from step_megatron.generation.request import Generation, Prompt, Sampling
 
 

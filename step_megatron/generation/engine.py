@@ -8,8 +8,7 @@ Tensor-parallel ranks call it with the same arguments and come to the same decis
 ranks share prompts out (`data_parallel.generate`).
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +17,7 @@ from step_megatron.config.schema import GenerationConfig
 from step_megatron.generation.cache import KeyValueCache
 from step_megatron.generation.decode import Decoder
 from step_megatron.generation.forward import Forward
+from step_megatron.generation.interface import RolloutEngine
 from step_megatron.generation.layout import check_layout, generation_mode
 from step_megatron.generation.pages import PagePool
 from step_megatron.generation.prompts import PromptReader
@@ -26,12 +26,11 @@ from step_megatron.generation.rows import Rows
 from step_megatron.generation.scheduler import Scheduler
 from step_megatron.generation.sequence import Group
 from step_megatron.model.audio_lm import AudioLanguageModel
-from step_megatron.runtime import seeds
 
 _PAGE = 16
 
 
-class Engine:
+class Engine(RolloutEngine):
     """Generates with a model's own weights; no copy is made of them.
 
     Args:
@@ -41,7 +40,6 @@ class Engine:
             that the trainer does not compute (a repetition penalty) is refused.
 
     Attributes:
-        weight_version: of the weights that the model holds now; every sample carries it.
         longest: prompt and sample together may have so many tokens.
 
     Raises:
@@ -51,7 +49,6 @@ class Engine:
     def __init__(self, model: AudioLanguageModel, config: GenerationConfig | None = None, *, for_policy: bool = False):
         check_layout(model)
         self.model, self.config, self.for_policy = model, config or GenerationConfig(), for_policy
-        self.weight_version = 0
         self._positions = model.rotary.cos.shape[0]
         longest = min(self.config.max_length or self._positions, self._positions)
         pages = min(self.config.rows * -(-longest // _PAGE), -(-self.config.cache_tokens // _PAGE))
@@ -65,24 +62,13 @@ class Engine:
         self._forward = Forward(model, self.config.invariant_rows if invariant else 0)
         self._device_side: tuple[KeyValueCache, PromptReader, Decoder] | None = None
 
-    def weights_changed(self) -> None:
-        """The model has new weights: samples from now on carry a new version.
-
-        Raises:
-            RuntimeError: samples are on their way; their cache holds what the old weights computed.
-        """
-        if not self.scheduler.idle:
-            raise RuntimeError("the weights changed while samples were being generated; let them end, or cancel them, before")
-        self.weight_version += 1
-
     def release_cache(self) -> None:
         """Give the cache's memory back; the next sample allocates it again.
 
         Raises:
             RuntimeError: samples are on their way.
         """
-        if not self.scheduler.idle:
-            raise RuntimeError("the cache is in use: let the samples end, or cancel them, before it is released")
+        self._refuse_if_busy("the cache is in use")
         self._device_side = None
 
     @property
@@ -94,58 +80,6 @@ class Engine:
     def cache_bytes(self) -> int:
         """Memory that the cache holds now."""
         return 0 if self._device_side is None else self._device_side[0].bytes
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling | Sequence[Sampling],
-        samples: int = 1,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[Generation]:
-        """Generate `samples` samples of every prompt.
-
-        Args:
-            prompts: any number.
-            sampling: one for all, whose seed then gives every sample a seed of its own by the indices of prompt and sample; or
-                one for every sample, taken as it is.
-            samples: of each prompt; they share its computation and its pages.
-            progress: called with the number of samples that have ended since the last call.
-
-        Returns:
-            All samples of the first prompt, then of the second, and so on.
-
-        Raises:
-            ValueError: see `add`.
-        """
-        if isinstance(sampling, Sampling):
-            sampling = sample_seeds(sampling, range(len(prompts)), samples)
-        if len(sampling) != len(prompts) * samples:
-            raise ValueError(f"{len(sampling)} samplings for {len(prompts)} prompts with {samples} samples each")
-        parts = [list(sampling[i * samples : (i + 1) * samples]) for i in range(len(prompts))]
-        for index, (prompt, part) in enumerate(zip(prompts, parts, strict=True)):
-            self._check(prompt, part, f"prompt {index}")
-        groups = [self._group(prompt, part) for prompt, part in zip(prompts, parts, strict=True)]
-        results = [sequence.result for group in groups for sequence in group.waiting]
-        for group in groups:
-            self.scheduler.add(group)
-        with self.running():
-            while not self.idle:
-                ended = self.step()
-                if progress and ended:
-                    progress(ended)
-        return results
-
-    def add(self, prompt: Prompt, samplings: Sequence[Sampling], name: str = "the prompt") -> Group:
-        """Queue a prompt with one sample for each sampling; `step` moves it on, and the results fill as it does.
-
-        Raises:
-            ValueError: names the prompt: it is empty or ends in audio, placeholders do not fit the audio, a sample could outgrow
-                the positions or the cache, or it has a repetition penalty `for_policy`.
-        """
-        self._check(prompt, samplings, name)
-        group = self._group(prompt, samplings)
-        self.scheduler.add(group)
-        return group
 
     def cancel(self, group: Group) -> None:
         """End the samples of a prompt that have not ended."""
@@ -202,10 +136,14 @@ class Engine:
             self._device_side = cache, PromptReader(self._forward, cache, _PAGE, device), decoder
         return self._device_side
 
-    def _group(self, prompt: Prompt, samplings: Sequence[Sampling]) -> Group:
-        return Group(prompt, list(samplings), [Generation(weight_version=self.weight_version) for _ in samplings])
+    def _queue(self, prompt: Prompt, samplings: Sequence[Sampling]) -> Group:
+        group = Group(prompt, list(samplings), [Generation(weight_version=self.weight_version) for _ in samplings])
+        self.scheduler.add(group)
+        return group
 
     def _check(self, prompt: Prompt, samplings: Sequence[Sampling], name: str) -> None:
+        """Refuse a prompt that is empty or ends in audio, placeholders that do not fit the audio, a sample that could outgrow the
+        positions or the cache, and `for_policy` a repetition penalty."""
         tokens = len(prompt.tokens)
         if not tokens:
             raise ValueError(f"{name} is empty")
@@ -230,9 +168,3 @@ class Engine:
                 "repetition_penalty is refused where samples train a policy: the trainer's log-probabilities know nothing of it, "
                 "so every ratio would be wrong; set it to 1"
             )
-
-
-def sample_seeds(sampling: Sampling, prompts: Sequence[int], samples: int) -> list[Sampling]:
-    """The sampling of every sample, prompts first: a seed of its own from that of `sampling`, the prompt's index and its own."""
-    indices = [(prompt, sample) for prompt in prompts for sample in range(samples)]
-    return [dataclasses.replace(sampling, seed=seeds.derive(sampling.seed, *each)) for each in indices]

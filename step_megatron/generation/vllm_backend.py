@@ -12,7 +12,7 @@ Written for vLLM's documented interfaces and tested with a stand-in that has the
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from step_megatron.config.load import ConfigError
 from step_megatron.config.schema import Config
 from step_megatron.conversion.live import write_decoder
-from step_megatron.generation.engine import sample_seeds
+from step_megatron.generation.interface import RolloutEngine
 from step_megatron.generation.layout import check_layout, generation_mode
 from step_megatron.generation.parity import check_parity
 from step_megatron.generation.request import Generation, Prompt, Sampling
@@ -55,8 +55,8 @@ class Group:
     members: list[Request] = field(default_factory=list)
 
 
-class VLLMEngine:
-    """`Engine` on vLLM; tensor-parallel ranks call it together, with the same arguments.
+class VLLMEngine(RolloutEngine):
+    """Generates with vLLM.
 
     Args:
         model: the trainer's, not wrapped, on one pipeline stage.
@@ -64,7 +64,6 @@ class VLLMEngine:
         for_policy: samples train a policy: the gate is passed first, and what cuts the distribution off is refused.
 
     Attributes:
-        weight_version: as of `Engine`.
         parity: max |dlogp| that the gate found; None before it.
 
     Raises:
@@ -86,7 +85,7 @@ class VLLMEngine:
                 f"rl.rollout.backend=vllm: tensor_model_parallel_size={tensor_parallel} with several replicas is not supported; "
                 "set it to 1, or use rl.rollout.backend=own"
             )
-        self.model, self.config, self.for_policy, self.weight_version = model, config, for_policy, 0
+        self.model, self.config, self.for_policy = model, config, for_policy
         self.parity: float | None = None
         self._vllm, self._engine = vllm, None
         self._folder = tempfile.TemporaryDirectory(prefix="step_megatron_vllm_")
@@ -112,14 +111,8 @@ class VLLMEngine:
         return 0
 
     def weights_changed(self) -> None:
-        """The model has new weights: vLLM reads them before it goes on.
-
-        Raises:
-            RuntimeError: samples are on their way.
-        """
-        if not self.idle:
-            raise RuntimeError("the weights changed while samples were being generated; let them end, or cancel them, before")
-        self.weight_version += 1
+        """As `RolloutEngine.weights_changed`; vLLM reads them before it goes on."""
+        super().weights_changed()
         self._stale = True
 
     def release_cache(self) -> None:
@@ -128,44 +121,10 @@ class VLLMEngine:
         Raises:
             RuntimeError: samples are on their way.
         """
-        if not self.idle:
-            raise RuntimeError("the cache is in use: let the samples end, or cancel them, before it is released")
+        self._refuse_if_busy("the cache is in use")
         if self._engine is not None and not self._asleep:
             self._engine.sleep(level=2)
             self._asleep = self._stale = True
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling | Sequence[Sampling],
-        samples: int = 1,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[Generation]:
-        """As `Engine.generate`."""
-        if isinstance(sampling, Sampling):
-            sampling = sample_seeds(sampling, range(len(prompts)), samples)
-        groups = [
-            self.add(prompt, sampling[number * samples : (number + 1) * samples], f"prompt {number}")
-            for number, prompt in enumerate(prompts)
-        ]
-        with self.running():
-            while not self.idle:
-                ended = self.step()
-                if progress and ended:
-                    progress(ended)
-        return [member.result for group in groups for member in group.members]
-
-    def add(self, prompt: Prompt, samplings: Sequence[Sampling], name: str = "the prompt") -> Group:
-        """Queue a prompt with one sample for each sampling.
-
-        Raises:
-            ValueError: names the prompt and what vLLM, or the training of a policy, does not take.
-        """
-        for sampling in samplings:
-            self._check(prompt, sampling, name)
-        group = Group([Request(prompt, sampling, Generation(weight_version=self.weight_version)) for sampling in samplings])
-        self._waiting += group.members
-        return group
 
     def cancel(self, group: Group) -> None:
         """End the samples of a prompt that have not ended."""
@@ -270,7 +229,17 @@ class VLLMEngine:
             detokenize=False,
         )
 
-    def _check(self, prompt: Prompt, sampling: Sampling, name: str) -> None:
+    def _queue(self, prompt: Prompt, samplings: Sequence[Sampling]) -> Group:
+        group = Group([Request(prompt, sampling, Generation(weight_version=self.weight_version)) for sampling in samplings])
+        self._waiting += group.members
+        return group
+
+    def _check(self, prompt: Prompt, samplings: Sequence[Sampling], name: str) -> None:
+        """Refuse what vLLM, or the training of a policy, does not take."""
+        for sampling in samplings:
+            self._check_one(prompt, sampling, name)
+
+    def _check_one(self, prompt: Prompt, sampling: Sampling, name: str) -> None:
         longest = self.config.generation.max_length or self.config.model.max_positions
         if len(prompt.tokens) + sampling.max_new_tokens > longest:
             raise ValueError(

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from step_megatron.generation.backend import RolloutEngine
+from step_megatron.generation.interface import RolloutEngine
 from step_megatron.runtime.metrics import peak_memory_bytes
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from step_megatron.generation.backend import RolloutEngine, Sample
 from step_megatron.generation.data_parallel import share_out
+from step_megatron.generation.interface import RolloutEngine, Sample
 from step_megatron.generation.request import Generation, Prompt, Sampling
 from step_megatron.rl.journal import Journal
 

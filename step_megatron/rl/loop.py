@@ -24,7 +24,7 @@ from step_megatron.data.mixture import shuffled
 from step_megatron.data.rl_prompts import RLPrompt
 from step_megatron.data.sources import DataError
 from step_megatron.evaluation.files import write_jsonl
-from step_megatron.generation.backend import RolloutEngine
+from step_megatron.generation.interface import RolloutEngine
 from step_megatron.generation.rendering import Rendering
 from step_megatron.model.lora import adapters_off
 from step_megatron.rl.assessment import assess

@@ -16,8 +16,8 @@ from step_megatron.config.load import LAYOUT_FIELDS, RUN_CONFIG, ConfigError, lo
 from step_megatron.config.schema import Config
 from step_megatron.data.clip_lengths import ClipLengths
 from step_megatron.data.tokenizer import Tokenizer
-from step_megatron.generation.backend import RolloutEngine
 from step_megatron.generation.engine import Engine
+from step_megatron.generation.interface import RolloutEngine
 from step_megatron.generation.rendering import Rendering
 from step_megatron.model.audio_lm import build_model
 from step_megatron.rl.colocation import Cache, Resident, Sleeper

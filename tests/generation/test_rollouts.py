@@ -9,7 +9,8 @@ from support.rollouts import make_prompts, token_by_token, training_batch
 
 from step_megatron.config.schema import GenerationConfig
 from step_megatron.generation import data_parallel
-from step_megatron.generation.engine import Engine, sample_seeds
+from step_megatron.generation.engine import Engine
+from step_megatron.generation.interface import sample_seeds
 from step_megatron.generation.request import Sampling
 
 NEW = 10
