@@ -59,8 +59,8 @@ def run(options: Namespace) -> dict:
     Returns:
         `{"name", "ratio", "low", "high", "ratio_shared", ..., "ratio_rloo", ..., "contestants", "load", ...}`: `ratio` is the
         time of TRL's PPO iteration over ours (median, lowest and highest round), `ratio_shared` the same peer's over ours with a
-        shared trunk, `ratio_rloo` that of TRL's RLOO over ours; `contestants` holds, of each, `seconds`, `phases`, `reward`, and
-        resident memory in MiB (`start` before the first iteration, `peak`).
+        shared trunk, `ratio_rloo` that of TRL's RLOO over ours, `ratio_cpu`, ... the same by CPU time; `contestants` holds, of
+        each, `seconds`, `phases`, `reward`, and resident memory in MiB (`start` before the first iteration, `peak`).
 
     Raises:
         PeerError: an environment is missing, or could not be made.
@@ -192,7 +192,10 @@ def _report(rounds: list[dict[str, Report]], jobs: dict[str, Job], load: tuple[f
         print("               " + ", ".join(f"{phase} {value:.2f}" for phase, value in phases.items()))
     result: dict = {"name": "ppo"}
     for suffix, ours, peer in (("", "ppo", "ppo"), ("_shared", "shared", "ppo"), ("_rloo", "rloo", "rloo")):
-        ratios = [each[f"TRL {peer}"].seconds / each[f"ours {ours}"].seconds for each in rounds]
-        print(f"  TRL {peer} / ours {ours}: {spread(ratios)}")
+        pairs = [(each[f"TRL {peer}"], each[f"ours {ours}"]) for each in rounds]
+        ratios = [theirs.seconds / mine.seconds for theirs, mine in pairs]
+        cpu = [theirs.cpu_seconds / mine.cpu_seconds for theirs, mine in pairs]
+        print(f"  TRL {peer} / ours {ours}: {spread(ratios)}; by CPU time {spread(cpu)}")
         result |= {f"ratio{suffix}": statistics.median(ratios), f"low{suffix}": min(ratios), f"high{suffix}": max(ratios)}
+        result |= {f"ratio{suffix}_cpu": statistics.median(cpu)}
     return result | {"contestants": told, "rounds": len(rounds), "threads": job.threads, "load": load}

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from step_megatron.benchmarks.clock import Clock
+
 _MIB = 2**20
 
 
@@ -67,12 +69,13 @@ class Report:
     """What an iteration came to.
 
     Attributes:
-        seconds: of all of it; phases: of its parts, `other` included.
+        seconds: of all of it; cpu_seconds: of all threads; phases: of its parts, `other` included.
         reward: mean of the replies.
         start, peak: MiB, resident when training began, and at most until now.
     """
 
     seconds: float
+    cpu_seconds: float
     phases: dict[str, float]
     reward: float
     start: float
@@ -113,15 +116,15 @@ class Pace:
             raise SystemExit
         self._phases.clear()
         self.rewards.clear()
-        self._started = time.perf_counter()
+        self._clock = Clock()
 
     def report(self, phases: dict[str, float] | None = None) -> None:
         """The iteration has ended; `phases` where they were not counted here."""
-        seconds, phases = time.perf_counter() - self._started, dict(self._phases if phases is None else phases)
+        (seconds, cpu_seconds), phases = self._clock.read(), dict(self._phases if phases is None else phases)
         phases["other"] = seconds - sum(phases.values())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MIB
         reward = sum(self.rewards) / max(1, len(self.rewards))
-        report = Report(seconds, phases, reward, self._start_mib, peak)
+        report = Report(seconds, cpu_seconds, phases, reward, self._start_mib, peak)
         print(json.dumps(dataclasses.asdict(report)), file=self._channel, flush=True)
 
 

@@ -16,7 +16,6 @@ contestants, so that what else the machine does hits all of them alike; a ratio 
 import os
 import statistics
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from pathlib import Path
 import torch
 
 from step_megatron.benchmarks import rollout_peer
+from step_megatron.benchmarks.clock import Clock
 from step_megatron.benchmarks.rollout_peer import ContinuousBatching, Work
 from step_megatron.benchmarks.spread import spread
 from step_megatron.benchmarks.train_step import OVERRIDES
@@ -51,8 +51,9 @@ def run(options: Namespace) -> dict:
     Returns:
         `{"name", "preset", "ratio", "low", "high", "limit", "share_of_limit", "cases", "absent", ...}`: `ratio` is tokens a
         second over `generate`'s where replies end at lengths of their own (median, lowest and highest round), `limit` what a
-        static batch loses there; `cases` holds, of every case, tokens a second of each contestant, and ours over each other;
-        `absent` says why `generate_batch` is not among them, if it is not; `load` is the machine's before and after.
+        static batch loses there; `cases` holds, of every case, tokens a second of each contestant, and ours over each other
+        (`cpu`: by CPU time); `absent` says why `generate_batch` is not among them, if it is not; `load` is the machine's before
+        and after.
 
     Raises:
         RuntimeError: another contestant generates other greedy tokens (then the comparison is worth nothing).
@@ -161,17 +162,23 @@ def _measure(case: str, contestants: dict[str, Work], lengths: list[int] | None,
     results = {name: work() for name, work in contestants.items()}
     counted = sum(map(len, results[_OURS]))
     agreeing = None if case == "sampling" else _agreement(results, lengths)
-    rounds = [{name: counted / _seconds(work) for name, work in contestants.items()} for _ in range(repeats)]
+    rounds = [{name: _timed(work) for name, work in contestants.items()} for _ in range(repeats)]
     print(f"{case}: {counted} new tokens, {torch.get_num_threads()} threads; tokens a second, median (lowest-highest)")
     for name in contestants:
-        print(f"  {name:27} {spread([each[name] for each in rounds])}")
+        print(f"  {name:27} {spread([counted / each[name][0] for each in rounds])}")
     over = {}
     for other in contestants:
         if other != _OURS:
-            ratios = [each[_OURS] / each[other] for each in rounds]
-            print(f"  ours / {other}: {spread(ratios)}")
+            ratios = [each[other][0] / each[_OURS][0] for each in rounds]
             over[other] = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-    rates = {name: statistics.median(each[name] for each in rounds) for name in contestants}
+            told = spread(ratios)
+            # The time of another process is not seen here.
+            if other != _BATCHING:
+                cpu = [each[other][1] / each[_OURS][1] for each in rounds]
+                over[other]["cpu"] = statistics.median(cpu)
+                told += f"; by CPU time {spread(cpu)}"
+            print(f"  ours / {other}: {told}")
+    rates = {name: statistics.median(counted / each[name][0] for each in rounds) for name in contestants}
     return {"tokens": counted, "agreeing": agreeing, "tokens_per_second": rates, "ours_over": over}
 
 
@@ -192,7 +199,8 @@ def _agreement(results: dict[str, list[list[int]]], lengths: list[int] | None = 
     return shares[name]
 
 
-def _seconds(work: Work) -> float:
-    start = time.perf_counter()
+def _timed(work: Work) -> tuple[float, float]:
+    """Seconds, and seconds of all threads."""
+    clock = Clock()
     work()
-    return time.perf_counter() - start
+    return clock.read()

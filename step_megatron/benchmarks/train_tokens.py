@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from step_kernels.bench.lengths import asterisk
 
+from step_megatron.benchmarks.clock import Clock
 from step_megatron.benchmarks.spread import spread
-from step_megatron.benchmarks.train_tokens_peer import Clock, Conversation, Pass, TrainerPeer
+from step_megatron.benchmarks.train_tokens_peer import Conversation, Pass, TrainerPeer
 from step_megatron.config import load_config
 from step_megatron.config.schema import Config
 from step_megatron.data.aspects import LossGroup

@@ -1,13 +1,13 @@
 """The peer of the training benchmark: transformers' `Trainer` on a decoder with the weights of ours, padded or packed."""
 
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from step_megatron.benchmarks.clock import Clock
 from step_megatron.benchmarks.train_step_peer import decoder_weights, text_config
 from step_megatron.config.schema import Config
 from step_megatron.model.audio_lm import AudioLanguageModel
@@ -36,17 +36,6 @@ class Pass(NamedTuple):
     loss: float
     seconds: float
     cpu_seconds: float
-
-
-class Clock:
-    """Time since it was made, as `Pass` has it."""
-
-    def __init__(self):
-        self._started = time.perf_counter(), time.process_time()
-
-    def read(self) -> tuple[float, float]:
-        """Seconds, and seconds of all threads."""
-        return time.perf_counter() - self._started[0], time.process_time() - self._started[1]
 
 
 class TrainerPeer:

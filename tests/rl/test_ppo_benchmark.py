@@ -79,6 +79,7 @@ def test_contestants_alternate_and_ratios_are_formed(prepared, monkeypatch, capf
         assert each["seconds"] == pytest.approx(sum(each["phases"].values()), rel=0.2)
         assert each["phases"].keys() == {"generate", "other"} and each["reward"] > 0 and each["peak"] >= each["start"] > 0
     for suffix in ("", "_shared", "_rloo"):
+        assert result[f"ratio{suffix}_cpu"] > 0
         assert result[f"low{suffix}"] <= result[f"ratio{suffix}"] <= result[f"high{suffix}"]
     assert "not a report" in capfd.readouterr().err
 
