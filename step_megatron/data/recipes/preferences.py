@@ -8,10 +8,10 @@ A reply is right or wrong, and is a `sentence` or the `bare` answer. Hence the l
 
 A wrong reply has another answer of the same task and split. Forms are drawn evenly, apart from rightness, so a longer reply
 wins about as often as it loses. The reasoning is what each reply says, the measured facts and the answer, and who is right,
-in this order: a small model that writes the answer first takes it for what the replies say. Every task has as many records; a
-task with few clips is asked about again, with other replies. Transcription is left out: a judge that learnt from an hour of
-speech does not hear the words. No audio is decoded: records name the clips that the conversations name, and keep their split,
-so that no transcript is in two splits.
+in this order: a small model that wrote the answer first seemed to take it for what the replies say (read in its samples, not
+tested). Every task has as many records; a task with few clips is asked about again, with other replies. Transcription is left
+out: a judge that learnt from an hour of speech does not hear the words. No audio is decoded: records name the clips that the
+conversations name, and keep their split, so that no transcript is in two splits.
 """
 
 import dataclasses
