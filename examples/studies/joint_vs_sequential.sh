@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Does training rubric and preference samples one kind after the other make the policy forget, and training both in the same batches
-# not? PPO from the quickstart's run after SFT, three arms, three seeds, measured on held-out prompts about real clips. Ten minutes.
+# not? PPO from the quickstart's run after SFT, three arms, three seeds, measured on held-out prompts about real clips.
+# Meant for ten minutes; not timed yet.
 #
 #   bash examples/studies/joint_vs_sequential.sh [RUN] [key=value ...]
 #

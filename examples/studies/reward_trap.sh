@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What does a policy lose that is rewarded for verifiable answers alone, and what does preference give back? PPO from the quickstart's
 # run after SFT on verifiable rewards, on preference, and on both; three seeds; accuracy, reply length, diversity and preference over
-# training, measured on held-out prompts about real clips. Ten minutes.
+# training, measured on held-out prompts about real clips. Meant for ten minutes; not timed yet.
 #
 #   bash examples/studies/reward_trap.sh [RUN] [key=value ...]
 #

@@ -31,8 +31,8 @@ def settings(folder: Path, algorithm: str = "ppo", job: Job | None = None) -> Co
         "model.freeze=['adaptor.*']",
     ]
     if job is not None:
-        baseline, critic = ("leave_one_out", "separate") if algorithm == "rloo" else ("critic", "separate")
-        critic = "shared" if algorithm == "shared" else critic
+        baseline = "leave_one_out" if algorithm == "rloo" else "critic"
+        critic = "shared" if algorithm == "shared" else "separate"
         prompts = len(job.prompts)
         overrides += [
             f"run.threads={job.threads}",
@@ -58,6 +58,7 @@ def letters(history: tuple[Turn, ...], reply: str) -> float:
 
 
 def main() -> None:
+    """Run the job that the first argument names: an iteration for each line of standard input (`ppo_job`)."""
     job, pace = Job.read(sys.argv[1]), Pace()
     config = settings(Path(job.folder), job.algorithm, job)
     runtime = initialize(config)

@@ -174,6 +174,7 @@ def _forward_phase(*_) -> str:
 
 
 def main() -> None:
+    """Run TRL's trainer on the job that the first argument names: an iteration for each line of standard input (`ppo_job`)."""
     job, pace = Job.read(sys.argv[1]), Pace()
     torch.set_num_threads(job.threads)
     set_seed(1)

@@ -105,5 +105,6 @@ def _serve(connection: Connection, folder: Path, prompts: list[list[int]], new: 
                 )
                 by_prompt = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
                 connection.send([by_prompt[tuple(tokens)] for tokens in prompts])
-            except Exception as error:  # whatever it meets on a machine without a GPU
+            except Exception as error:
+                # Transformers' own, of any kind: the caller reports a contestant that cannot take part, and the others go on.
                 connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")

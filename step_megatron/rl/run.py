@@ -235,7 +235,7 @@ def _build(config: Config, runtime: Runtime, group: dist.ProcessGroup, judge: Ju
     engine = rollout_engine(unwrap(actor.model[0]), config)
     settings = config.rl.colocation
     offloads = settings.offload == "on" or (settings.offload == "auto" and runtime.device.type == "cuda")
-    judging, judge_model = _judging(config, runtime, group, index, rewards, judge, heartbeat, offloads)
+    judging, judge_model = _judging(config, runtime, group, index, rewards, judge, heartbeat, offloads, ending)
     if judging is not None:
         ending.callback(judging.close)
     residents = residents_of(
@@ -264,6 +264,7 @@ def _judging(
     judge: Judge | None,
     heartbeat: Heartbeat,
     offloads: bool,
+    ending: ExitStack,
 ) -> tuple[Judging | None, Any]:
     """Who judges, and the module where that is a model of ours."""
     settings = config.rl.judge
@@ -282,7 +283,7 @@ def _judging(
             # What a killed run was told is not asked again.
             server = dataclasses.replace(settings.server, cache_dir=str(Path(config.run.dir) / "answers"))
             settings = dataclasses.replace(settings, server=server)
-        judge = ServerJudge(settings)
+        judge = ending.enter_context(closing(ServerJudge(settings)))
     return OutsideJudging(judge, settings, config.run.seed, group, config.rl.colocation.overlap_judge), None
 
 

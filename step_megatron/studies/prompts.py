@@ -41,10 +41,12 @@ def write_kinds(source: Path, folder: Path, held_out: int) -> None:
 
 
 def training_file(folder: Path, kind: str) -> Path:
+    """Where `write_kinds` puts a kind's prompts for training."""
     return folder / f"{kind}.jsonl"
 
 
 def held_out_file(folder: Path, kind: str) -> Path:
+    """Where `write_kinds` puts a kind's held-out prompts."""
     return folder / f"{kind}_held_out.jsonl"
 
 
