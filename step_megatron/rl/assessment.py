@@ -2,7 +2,7 @@
 
 import torch
 
-from step_megatron.config.schema import PPOConfig
+from step_megatron.config.rl import PPOConfig
 from step_megatron.rl.advantages import critic_advantages, group_relative, leave_one_out, token_rewards
 from step_megatron.rl.kl import estimator_of, kl_estimate
 from step_megatron.rl.packed import masked, spread, whiten

@@ -1,6 +1,7 @@
 """Samples of many prompts, shared out over the ranks and written down as they end."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
@@ -10,6 +11,15 @@ from step_megatron.generation.data_parallel import share_out
 from step_megatron.generation.interface import RolloutEngine, Sample
 from step_megatron.generation.request import Generation, Prompt, Sampling
 from step_megatron.rl.journal import Journal
+
+
+def entry(key: str, prompt: Prompt, sampling: Sampling) -> str:
+    """The name of a sample in a journal: its key, and a digest of what it is made from.
+
+    A run that goes on with another temperature or another template finds nothing that was made with the one before.
+    """
+    made_from = repr((list(prompt.tokens), list(prompt.encoder_frames), sampling)).encode()
+    return f"{key}:{hashlib.sha256(made_from).hexdigest()[:16]}"
 
 
 class Stream:
@@ -25,13 +35,14 @@ class Stream:
         self, engine: RolloutEngine, journal: Journal, ended: Callable[[str, Generation], None] = lambda key, generation: None
     ):
         self._engine, self._journal, self._ended = engine, journal, ended
-        self._waiting: list[tuple[str, Sample]] = []
+        self._waiting: list[tuple[str, str, Sample]] = []
         self._made: dict[str, dict] = {}
 
     def add(self, prompt: Prompt, samplings: Sequence[Sampling], keys: Sequence[str], name: str) -> None:
         """Queue a prompt with a sample for each sampling; `name` is what an error calls it."""
         added = self._engine.add(prompt, samplings, name)
-        self._waiting += zip(keys, added.members, strict=True)
+        entries = [entry(key, prompt, sampling) for key, sampling in zip(keys, samplings, strict=True)]
+        self._waiting += zip(keys, entries, added.members, strict=True)
 
     @property
     def idle(self) -> bool:
@@ -40,12 +51,12 @@ class Stream:
     def step(self) -> None:
         """One step of the engine, if there is anything to do."""
         if self._waiting and self._engine.step():
-            for key, member in self._waiting:
+            for key, name, member in self._waiting:
                 if member.done:
-                    self._made[key] = dataclasses.asdict(member.result)
-                    self._journal.write(key, self._made[key])
+                    self._made[name] = dataclasses.asdict(member.result)
+                    self._journal.write(name, self._made[name])
                     self._ended(key, member.result)
-            self._waiting = [(key, member) for key, member in self._waiting if not member.done]
+            self._waiting = [waiting for waiting in self._waiting if not waiting[-1].done]
 
     def share(self) -> None:
         """Let the journals of all ranks know what each has made; every rank calls this."""
@@ -70,14 +81,18 @@ def generate(
 
     Args:
         samplings: of every sample of every prompt, seeds included: who generates it does not matter.
-        keys: the samples' names in the journal.
+        keys: the samples' names; in the journal `entry` makes one of each.
         beat: called at every step of the engine.
         ended: as of `Stream`.
 
     Returns:
         All samples of every prompt, the same on every rank.
     """
-    missing = [[i for i, key in enumerate(each) if key not in journal.known] for each in keys]
+    entries = [
+        [entry(key, prompt, sampling) for key, sampling in zip(each, drawn, strict=True)]
+        for prompt, each, drawn in zip(prompts, keys, samplings, strict=True)
+    ]
+    missing = [[i for i, name in enumerate(each) if name not in journal.known] for each in entries]
     todo = [number for number, samples in enumerate(missing) if samples]
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     shares = share_out([len(prompts[number].tokens) * len(missing[number]) for number in todo], group.size())
@@ -90,4 +105,4 @@ def generate(
             beat()
             stream.step()
     stream.share()
-    return [[Generation(**journal.known[key]) for key in each] for each in keys]
+    return [[Generation(**journal.known[name]) for name in each] for each in entries]

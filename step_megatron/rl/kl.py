@@ -20,7 +20,7 @@ Source: Schulman 2020, "Approximating KL divergence"; Ziegler et al. 2019 (adapt
 import torch
 
 from step_megatron.config.load import ConfigError
-from step_megatron.config.schema import KLConfig
+from step_megatron.config.rl import KLConfig
 
 # e^20 is far beyond any ratio that means something, and its square is still finite in float32.
 LARGEST_LOG_RATIO = 20.0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from step_megatron.config.schema import PPOConfig
+from step_megatron.config.rl import PPOConfig
 from step_megatron.model.batch import TokenScores
 from step_megatron.rl.batching import ResponseBatch
 from step_megatron.rl.ppo import Loss, policy_loss, value_loss

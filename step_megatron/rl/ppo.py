@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from step_megatron.config.schema import PPOConfig
+from step_megatron.config.rl import PPOConfig
 from step_megatron.rl.kl import LARGEST_LOG_RATIO, estimator_of, kl_estimate
 from step_megatron.rl.packed import masked, masked_sum
 

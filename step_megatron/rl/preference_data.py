@@ -7,7 +7,7 @@ reasoning the loss covers reasoning and verdict, without it the verdict alone.
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from step_megatron.config.schema import JudgeConfig
+from step_megatron.config.rl import JudgeConfig
 from step_megatron.data.preferences import Preference, moved, read_preferences
 from step_megatron.data.recipes.preferences import build_preferences
 from step_megatron.data.recipes.prompts import build_prompts

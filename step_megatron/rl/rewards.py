@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from step_megatron.config.load import ConfigError
-from step_megatron.config.schema import RewardConfig
+from step_megatron.config.rl import RewardConfig
 from step_megatron.evaluation.scoring import split_reply
 from step_megatron.rl.judge.judging import Judgment
 from step_megatron.rl.packed import moments

@@ -60,7 +60,7 @@ from step_megatron.runtime.progress import Progress, get_logger
 from step_megatron.training.encoding import encoded_audio
 from step_megatron.training.interruption import Interruption
 from step_megatron.training.optimizer import settled_parameters
-from step_megatron.training.record import check_record, write_record
+from step_megatron.training.record import changed_settings, check_record, write_record
 from step_megatron.training.stage import load_tokenizer
 from step_megatron.training.watchdog import Heartbeat, Watchdog
 
@@ -170,6 +170,14 @@ class Run:
         return Watchdog(ppo.heartbeat, store_client("watchdog"), *place)
 
 
+def _forget_later(config: Config, done: int) -> None:
+    """Delete the journals of iterations after the next one: with other settings their weights will be others too."""
+    for path in (Path(config.run.dir) / "iterations").glob("[0-9]*"):
+        if int(path.name) > done + 1:
+            shutil.rmtree(path)
+            logger.warning("settings changed: iteration %d is generated and judged again", int(path.name))
+
+
 def state_of(ppo: PPO) -> dict[str, Any]:
     """What a run needs to go on beside models and optimizers, as JSON values."""
     return {
@@ -227,6 +235,8 @@ def _build(config: Config, runtime: Runtime, group: dist.ProcessGroup, judge: Ju
     resumes = checkpoint is not None
     if resumes:
         check_record(config, runtime)
+    if runtime.rank == 0 and changed_settings(config):
+        _forget_later(config, step_of(checkpoint) if resumes else 0)
     audio = None if index is None else encoded_audio(config, runtime, index, passes=2)
     actor = build_actor(config, runtime, group, resumes)
     critic = build_critic(config, runtime, group, resumes)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from step_megatron.config.schema import JudgeConfig
+from step_megatron.config.rl import JudgeConfig
 from step_megatron.data.checks import Check, read_check
 from step_megatron.data.rl_prompts import RLPrompt, read_rl_prompts
 from step_megatron.data.schema import SchemaError, Turn

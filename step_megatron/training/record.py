@@ -50,11 +50,7 @@ def check_record(config: Config, runtime: Runtime) -> None:
     path = Path(config.run.dir) / RUN_CONFIG
     if not path.is_file():
         return
-    before, now = _flat(to_dict(load_config(path))), _flat(to_dict(with_absolute_paths(config)))
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if old == new:
-            continue
+    for key, (old, new) in changed_settings(config).items():
         if key not in _EXCEPT and (key.startswith(_MODEL) or key in _MODEL_FIELDS):
             raise ConfigError(
                 f"{key} is {new!r}, but this run was made with {old!r}: its checkpoints are of that model; restore the setting, "
@@ -63,6 +59,16 @@ def check_record(config: Config, runtime: Runtime) -> None:
         if runtime.rank == 0:
             logger.warning("going on with %s=%r, it was %r until now", key, new, old)
     _compare_layout(path.with_name(RUN_RECORD), runtime)
+
+
+def changed_settings(config: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that the run of `config.run.dir` recorded otherwise: key -> (value then, value now); none without a record."""
+    path = Path(config.run.dir) / RUN_CONFIG
+    if not path.is_file():
+        return {}
+    before, now = _flat(to_dict(load_config(path))), _flat(to_dict(with_absolute_paths(config)))
+    values = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    return {key: (old, new) for key, (old, new) in values.items() if old != new}
 
 
 def _compare_layout(path: Path, runtime: Runtime) -> None:

@@ -1,4 +1,4 @@
-"""A run of PPO that kills itself at a chosen moment: `python -m rl.killed_ppo DATA RUN POINT NUMBER` in `tests/`.
+"""A run of PPO that kills itself at a chosen moment: `python -m rl.killed_ppo DATA RUN POINT NUMBER [SETTING ...]` in `tests/`.
 
 Points: `generate` (a sample has been written down), `judge` (an answer is asked for), `train` (an optimizer step ends),
 `save` (the critic's checkpoint is complete, the policy's not begun). The process dies at number NUMBER of it.
@@ -35,7 +35,7 @@ def after(method, count):
     return counted
 
 
-def main(data: str, run_dir: str, point: str, number: int) -> None:
+def main(data: str, run_dir: str, point: str, number: int, extra: tuple[str, ...]) -> None:
     from step_megatron.checkpoint.saving import Checkpoints
     from step_megatron.rl.journal import Journal
     from step_megatron.rl.learning import Learner
@@ -52,8 +52,8 @@ def main(data: str, run_dir: str, point: str, number: int) -> None:
     points = {"generate": (Journal, "write"), "train": (Learner, "step"), "save": (Checkpoints, "wait")}
     owner, name = points.get(point, (Counter, "never"))
     with mock.patch.object(owner, name, after(getattr(owner, name, None), count), create=True):
-        run(0, 1, data=data, run_dir=run_dir, extra=EXACT, judge=judge)
+        run(0, 1, data=data, run_dir=run_dir, extra=(*EXACT, *extra), judge=judge)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], int(sys.argv[4]))
+    main(*sys.argv[1:4], int(sys.argv[4]), tuple(sys.argv[5:]))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from step_megatron.config.load import ConfigError, load_config
-from step_megatron.config.schema import KLConfig
+from step_megatron.config.rl import KLConfig
 from step_megatron.rl.kl import KLController, estimator_of, kl_estimate
 
 

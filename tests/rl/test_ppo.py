@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_megatron.config.schema import KLConfig, PPOConfig
+from step_megatron.config.rl import KLConfig, PPOConfig
 from step_megatron.rl.ppo import explained_variance, importance_weights, mismatch, policy_loss, value_loss
 from tests.rl.packed_cases import batches, packed
 

@@ -54,6 +54,14 @@ def whole(data, tmp_path_factory, worker_pool):
     return lines(folder)
 
 
+def run_until_killed(data: Path, run_dir: Path, point: str, number: int, *extra: str) -> None:
+    command = [sys.executable, "-m", "rl.killed_ppo", str(data), str(run_dir), point, str(number), *extra]
+    paths = [str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    killed = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -9, killed.stderr
+
+
 # In the second of three iterations (8 samples, 16 answers, 4 optimizer steps of each model); a checkpoint after every one.
 @pytest.mark.parametrize(
     ("point", "number", "generated"), [("generate", 13, 13), ("judge", 12, 16), ("train", 11, 16), ("save", 2, 16)]
@@ -61,16 +69,25 @@ def whole(data, tmp_path_factory, worker_pool):
 def test_a_killed_run_goes_on_with_the_same_bits_and_generates_nothing_twice(
     data, whole, tmp_path, worker_pool, point, number, generated
 ):
-    command = [sys.executable, "-m", "rl.killed_ppo", str(data), str(tmp_path), point, str(number)]
-    paths = [str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    killed = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300)
-    assert killed.returncode == -9, killed.stderr
+    run_until_killed(data, tmp_path, point, number)
     assert 1 <= len(lines(tmp_path)) < 3
     (more,) = worker_pool(1).run(run_counting, {"data": str(data), "run_dir": str(tmp_path)})
     assert lines(tmp_path) == whole
     # Judging overlaps generation: its kill comes at some sample.
     assert more == SAMPLES - generated if point != "judge" else SAMPLES - 16 <= more <= SAMPLES - 8
+
+
+@pytest.mark.parametrize(
+    ("change", "generated"),
+    # Another learning rate leaves the first iteration's samples as they are; another temperature does not.
+    [("megatron.optimizer.lr=2e-3", SAMPLES - 8), ("rl.rollout.temperature=0.8", SAMPLES)],
+)
+def test_what_other_settings_would_not_have_made_is_made_again(data, tmp_path, worker_pool, change, generated):
+    seldom = "training.save_interval=5"
+    run_until_killed(data, tmp_path, "train", 11, seldom)
+    arguments = {"data": str(data), "run_dir": str(tmp_path), "extra": (*EXACT, seldom, change)}
+    (more,) = worker_pool(1).run(run_counting, arguments)
+    assert more == generated
 
 
 def test_a_run_of_two_ranks_goes_on_from_its_checkpoint(data, tmp_path, worker_pool):

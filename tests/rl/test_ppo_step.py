@@ -8,7 +8,8 @@ import torch
 from ppo_reference import assess, descend, policy_objective, response_scores, value_objective
 from support.decoder_twins import VOCABULARY, huggingface_twin, small_config
 
-from step_megatron.config.schema import DataConfig, PPOConfig, RLConfig, RolloutConfig, TrainingConfig
+from step_megatron.config.rl import PPOConfig, RolloutConfig
+from step_megatron.config.schema import DataConfig, RLConfig, TrainingConfig
 
 RATE, CRITIC_RATE, BETA, TEMPERATURE = 0.05, 0.02, 0.3, 1.4
 PPO = PPOConfig(gamma=0.97, gae_lambda=0.9, clip=0.05, value_clip=0.1, importance_truncation=None)

@@ -7,7 +7,7 @@ import pytest
 from training.toy_run import overrides
 
 from step_megatron.cli import main
-from step_megatron.config.schema import JudgeConfig
+from step_megatron.config.rl import JudgeConfig
 from step_megatron.data.preferences import Preference, Verdict, write_preferences
 from step_megatron.data.schema import Audio, SchemaError, Text, Turn, read_conversations
 from step_megatron.data.template import render

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from step_megatron.config.load import ConfigError, load_config
-from step_megatron.config.schema import Config, RewardConfig, RunConfig
+from step_megatron.config.rl import RewardConfig
+from step_megatron.config.schema import Config, RunConfig
 from step_megatron.rl.judge.judging import Judgment
 from step_megatron.rl.judge.prompt import Pair
 from step_megatron.rl.rewards import Rewards, Sample

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from training.toy_run import PITCHES, train, write_data
 
-from step_megatron.config.schema import JudgeConfig
+from step_megatron.config.rl import JudgeConfig
 from step_megatron.data.checks import read_check
 from step_megatron.data.dialogues.phrases import ONE_WORD, sentence
 from step_megatron.data.rl_prompts import RLPrompt, read_rl_prompts, write_rl_prompts

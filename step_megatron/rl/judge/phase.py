@@ -10,14 +10,14 @@ from typing import Protocol
 import torch.distributed as dist
 
 from step_megatron.audio.cache import EncodedClip
-from step_megatron.config.schema import JudgeConfig
+from step_megatron.config.rl import JudgeConfig
 from step_megatron.data.clip_lengths import ClipLengths
 from step_megatron.data.schema import Conversation
 from step_megatron.errors import UserError
 from step_megatron.generation.engine import Engine
 from step_megatron.generation.rendering import Rendering, prompt_of
 from step_megatron.generation.request import Prompt, Sampling
-from step_megatron.rl.generating import Stream, generate
+from step_megatron.rl.generating import Stream, entry, generate
 from step_megatron.rl.journal import Journal
 from step_megatron.rl.judge.judging import Judge, Judgment, first_requests, judge_pairs
 from step_megatron.rl.judge.local import ModelJudge
@@ -165,9 +165,9 @@ class ColocatedJudging:
 
     def start(self, pair: Pair) -> None:
         for request in first_requests(pair, self._settings, self._seed) if self._overlap else ():
-            key, prompt = self._key(request.prompt, request.seed), self._prompt(request.prompt)
-            if prompt is not None and key not in self._journal.known:
-                self._stream.add(prompt, [self._sampling(request.seed)], [key], key)
+            key, prompt, sampling = request.prompt.id, self._prompt(request.prompt), self._sampling(request.seed)
+            if prompt is not None and entry(key, prompt, sampling) not in self._journal.known:
+                self._stream.add(prompt, [sampling], [key], key)
 
     def finish(self, pairs: Sequence[Pair]) -> list[Judgment]:
         with self.engine.running():
@@ -189,7 +189,7 @@ class ColocatedJudging:
         prompts = [self._prompt(conversation) for conversation in conversations]
         fits = [number for number, prompt in enumerate(prompts) if prompt is not None]
         samplings = [[self._sampling(seeds[i])] for i in fits]
-        keys = [[self._key(conversations[i], seeds[i])] for i in fits]
+        keys = [[conversations[i].id] for i in fits]
         made = generate(self.engine, [prompts[i] for i in fits], samplings, keys, self._journal, self._beat)
         texts: list[str | None] = [None] * len(prompts)
         for i, (generation,) in zip(fits, made, strict=True):
@@ -204,6 +204,3 @@ class ColocatedJudging:
     def _sampling(self, seed: int) -> Sampling:
         settings = self._settings
         return Sampling(settings.temperature, seed=seed, max_new_tokens=settings.max_tokens, stop_ids=self._rendering.stop_ids)
-
-    def _key(self, conversation: Conversation, seed: int) -> str:
-        return f"{conversation.id}:{seed}"

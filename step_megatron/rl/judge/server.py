@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from step_megatron.audio.errors import AudioError
-from step_megatron.config.schema import JudgeConfig
+from step_megatron.config.rl import JudgeConfig
 from step_megatron.data.schema import Audio, Turn
 from step_megatron.data.template import THINK_END
 from step_megatron.errors import UserError

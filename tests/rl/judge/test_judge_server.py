@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from step_megatron.config.schema import JudgeConfig, JudgeServerConfig
+from step_megatron.config.rl import JudgeConfig, JudgeServerConfig
 from step_megatron.data.schema import Audio, Text, Turn
 from step_megatron.rl.judge.cache import AnswerCache
 from step_megatron.rl.judge.judging import judge_pairs

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_megatron.config.schema import JudgeConfig
+from step_megatron.config.rl import JudgeConfig
 from step_megatron.data.schema import Text, Turn
 from step_megatron.errors import UserError
 from step_megatron.rl.judge.judging import Answer, JudgingError, check_failures, judge_pairs, summarise
