@@ -23,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     # Megatron warns on import about every optional package that is absent: `doctor` says it once, with the remedy.
     warnings.filterwarnings("ignore", module="megatron")
+    # Megatron's calls, which torch attributes to itself.
+    warnings.filterwarnings("ignore", message=".torch.distributed.* is deprecated", category=FutureWarning)
     options = _parser().parse_args(arguments)
     try:
         return options.command(options) or 0

@@ -40,6 +40,10 @@ constexpr int64_t kNormBlock = 64;
                           bool moments);                                                                                          \
   void softmax_gradient(float* logits, const int64_t* labels, const float* lse, const float* first, const float* second,          \
                         const float* at_target, int64_t rows, int64_t width, int64_t start);                                      \
+  void skinny_linear(const float* x, const float* weight, const float* bias, bool add, float* y, int64_t rows, int64_t inner,     \
+                     int64_t outputs);                                                                                            \
+  void draw_tokens(const float* logits, const float* temperature, const int64_t* seeds, const int64_t* draws,                     \
+                   const int64_t* forced, int64_t* tokens, float* logprobs, int64_t rows, int64_t width);                         \
   void scale(float* values, const float* factor, int64_t count);                                                                  \
   void conv_gather(const ConvSource& source, int64_t first, int64_t rows, float* columns);                                        \
   void conv_gather_tiles(const ConvSource& source, int64_t first, int64_t tiles, float* planes);                                  \

@@ -9,6 +9,7 @@ for the device.
 from step_kernels.audio_attention import audio_attention_varlen
 from step_kernels.causal_attention import causal_attention_varlen
 from step_kernels.conv_downsample import conv_downsample_gelu
+from step_kernels.draw_tokens import draw_tokens
 from step_kernels.fused_downsample import fused_downsample
 from step_kernels.gae import gae_varlen
 from step_kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
@@ -19,6 +20,7 @@ from step_kernels.registry import available_backends, backends_of, registered
 from step_kernels.rms_norm import rms_norm
 from step_kernels.rope_qk import rope_qk
 from step_kernels.rope_to_cache import rope_to_cache
+from step_kernels.skinny_linear import skinny_linear, skinny_linear_add_
 from step_kernels.swiglu import swiglu
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "backends_of",
     "causal_attention_varlen",
     "conv_downsample_gelu",
+    "draw_tokens",
     "fused_downsample",
     "gae_varlen",
     "linear_cross_entropy",
@@ -39,5 +42,7 @@ __all__ = [
     "rms_norm",
     "rope_qk",
     "rope_to_cache",
+    "skinny_linear",
+    "skinny_linear_add_",
     "swiglu",
 ]

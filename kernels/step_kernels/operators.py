@@ -58,15 +58,16 @@ class Operator:
         self._differentiable = type(self.name.rpartition("::")[2], (torch.autograd.Function,), parts)
 
     def __call__(self, *inputs):
-        if torch.compiler.is_compiling() or _looked_at(inputs):
+        wants_gradient = None if torch.compiler.is_compiling() else _gradient_wanted(inputs)
+        if wants_gradient is None:
             return self.registered(*inputs)
         if profiler._is_profiler_enabled:
             with torch.profiler.record_function(self.name):
-                return self._plain(inputs)
-        return self._plain(inputs)
+                return self._plain(inputs, wants_gradient)
+        return self._plain(inputs, wants_gradient)
 
-    def _plain(self, inputs: tuple):
-        if torch.is_grad_enabled() and any(type(each) in _PLAIN and each.requires_grad for each in inputs):
+    def _plain(self, inputs: tuple, wants_gradient: bool):
+        if wants_gradient:
             # Where no gradient is known, torch's error says so in backward.
             return self.registered(*inputs) if self._differentiable is None else self._differentiable.apply(*inputs)
         output = self._function(*inputs)
@@ -76,8 +77,17 @@ class Operator:
         return output
 
 
-def _looked_at(inputs: tuple) -> bool:
-    """Whether somebody wants to see an operator: a mode or a transform is active, or a tensor is of another kind."""
+def _gradient_wanted(inputs: tuple) -> bool | None:
+    """Whether a gradient has to be known; None where somebody wants to see an operator: a mode or a transform is active, or a
+    tensor is of another kind."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-        return True
-    return any(isinstance(each, torch.Tensor) and (type(each) not in _PLAIN or each.is_meta) for each in inputs)
+        return None
+    enabled, wanted = torch.is_grad_enabled(), False
+    for each in inputs:
+        if type(each) in _PLAIN:
+            if each.is_meta:
+                return None
+            wanted |= enabled and each.requires_grad
+        elif isinstance(each, torch.Tensor):
+            return None
+    return wanted

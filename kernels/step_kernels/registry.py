@@ -34,6 +34,8 @@ _DEVICE = {"cuda": "cuda", "triton": "cuda", "flash": "cuda", "te": "cuda", "cpp
 # What `VARIABLE` said: a look at the environment at every call would take as long as a small op.
 in_force = os.environ.get(VARIABLE, "")
 _ops: dict[str, dict[str, frozenset[torch.dtype]]] = {}
+# Those of a device: a decoding step asks dozens of times, and a look at each takes as long as a small op.
+_on: dict[tuple[str, str], list[tuple[str, frozenset[torch.dtype]]]] = {}
 # How often each (op, backend) was chosen in this process.
 chosen: Counter[tuple[str, str]] = Counter()
 # Measured choices that cannot be followed: each is said once.
@@ -43,6 +45,8 @@ _said: set[choices.Key] = set()
 def register(op: str, **backends: Collection[torch.dtype]) -> None:
     """State the backends of an op, in order of preference, each with its dtypes; torch, which takes any, is added at the end."""
     _ops[op] = {name: frozenset(dtypes) for name, dtypes in backends.items()}
+    for device in ("cpu", "cuda"):
+        _on[op, device] = [(name, dtypes) for name, dtypes in _ops[op].items() if _DEVICE[name] == device]
 
 
 def registered() -> dict[str, tuple[str, ...]]:
@@ -207,18 +211,17 @@ def _can_follow(measured: choices.Choice, device: torch.device, dtype: torch.dty
 
 
 def _preferred(op: str, device: torch.device, dtype: torch.dtype, unfit: Mapping[str, str]) -> tuple[str, str]:
-    passed_over = False
-    for name, dtypes in _ops[op].items():
-        if _DEVICE[name] != device.type:
-            continue
+    kind = device.type
+    first = True
+    for name, dtypes in _on.get((op, kind), ()):
         if dtype in dtypes and name not in unfit:
-            reason = _unavailable(name, device.type)
+            reason = native.load_error() if name == "cpp" else _unavailable(name, kind)
             if not reason:
-                return name, "first of its order that takes it" if passed_over else "first of its order"
+                return name, "first of its order" if first else "first of its order that takes it"
             if name not in LIBRARIES:
                 raise RuntimeError(f"{op}: {reason}, or set {VARIABLE}=torch to run the op in plain torch")
-        passed_over = True
-    return "torch", "no other takes it" if passed_over else f"the only one on {device.type}"
+        first = False
+    return "torch", f"the only one on {kind}" if first else "no other takes it"
 
 
 def _forced(op: str, device: torch.device, dtype: torch.dtype, unfit: Mapping[str, str]) -> str:

@@ -10,7 +10,8 @@ Contestants: ours; ours with `generation.batch_invariant`, which says what equal
 `generate`, padded on the left, all prompts in one batch, which goes on until the longest reply has ended, so that the longest
 length over the mean one is what a static batch loses; and its continuous-batching `generate_batch` (in the greedy case), in a
 process of its own and with a cache that fits the prompts, or the reason why it gave no result. Runs alternate between the
-contestants, so that what else the machine does hits all of them alike; a ratio is formed within each round.
+contestants, so that what else the machine does hits all of them alike; a ratio is formed within each round, of each contestant's
+second run.
 """
 
 import os
@@ -200,7 +201,11 @@ def _agreement(results: dict[str, list[list[int]]], lengths: list[int] | None = 
 
 
 def _timed(work: Work) -> tuple[float, float]:
-    """Seconds, and seconds of all threads."""
+    """Seconds, and seconds of all threads, of the second of two runs.
+
+    The first finds caches full of the contestant before, or memory that the system took back while another process worked.
+    """
+    work()
     clock = Clock()
     work()
     return clock.read()

@@ -31,6 +31,8 @@ BENCHED_OPS = (
     "causal-attention",
     "paged-attention",
     "linear-cross-entropy",
+    "skinny-linear",
+    "draw-tokens",
 )
 # Options of `bench` that only some have.
 _OPTIONS = {

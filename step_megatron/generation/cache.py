@@ -76,8 +76,12 @@ class Pass:
             `[T, groups * queries, width]`.
         """
         keys, values = self.cache.layers[layer]
-        query = rope_to_cache(qkv, *rotary, keys, values, self.slots)
+        query = self.rotate_and_store(layer, qkv, rotary)
         return paged_attention(query, keys, values, self.table, self.lengths, self.bounds, self.most, scale)
+
+    def rotate_and_store(self, layer: int, qkv: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """The first half of it: the rotated queries, `[T, groups * queries, width]`."""
+        return rope_to_cache(qkv, *rotary, *self.cache.layers[layer], self.slots)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSegments, scale: float

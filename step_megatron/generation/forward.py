@@ -6,6 +6,7 @@ Nothing here reads a value back from the device, so a decoding step can be captu
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from step_kernels import skinny_linear
 
 from step_megatron.generation.cache import Pass
 from step_megatron.generation.layers import LeanLayers, block_product, can_run
@@ -23,7 +24,7 @@ class Forward:
 
     def __init__(self, model: AudioLanguageModel, block: int = 0):
         self.model, self.language_model = model, model.language_model
-        self._product = block_product(block) if block else F.linear
+        self._product = block_product(block) if block else skinny_linear
         self._lean = LeanLayers(self.language_model, self._product) if can_run(self.language_model) else None
         if block and self._lean is None:
             raise ValueError("generation.batch_invariant needs the plain layers: model.layers=torch, without adapters or experts")
@@ -59,6 +60,13 @@ class Forward:
         packed = PackedSegments(qkv_format="thd", position_ids=positions, rotary=rotary, cache=work)
         decoder = self.language_model.decoder
         return decoder(hidden_states=hidden.unsqueeze(1), attention_mask=None, packed_seq_params=packed).squeeze(1)
+
+    def read(self, hidden: torch.Tensor, positions: torch.Tensor, work: Pass) -> None:
+        """Store keys and values, as `layers` does; of the plain layers nothing is computed that only hidden states would need."""
+        if self._lean is None:
+            self.layers(hidden, positions, work)
+        else:
+            self._lean.read(hidden, work, tuple(part.squeeze(1) for part in self.model.rotary(positions, hidden.dtype)))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `[T, vocabulary]` float32 of final hidden states, whole on every rank and without the vocabulary's padding."""

@@ -1,24 +1,25 @@
 """The decoder's layers in generation, without what a training layer carries along.
 
 At one token a row, Megatron's layers spend most of their time outside of matrix products (about 100 module calls and autograd
-functions a step for four layers). This runs the same parameters through the same maths in some twelve calls a layer, prompts and
+functions a step for four layers). This runs the same parameters through the same maths in some seven calls a layer, prompts and
 decoding steps alike. Layers that are not the plain Qwen2 or LLaMA ones (see `can_run`) are run by Megatron.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from step_kernels import rms_norm, swiglu
+from step_kernels import rms_norm, skinny_linear, skinny_linear_add_, swiglu
 
 from step_megatron.generation.cache import Pass, Rotary
 from step_megatron.model.attention import PackedCausalAttention
 from step_megatron.model.canonical import canonical_blocks
-from step_megatron.model.lora import Linear, local_product
+from step_megatron.model.lora import Adapted, Linear, local_product
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -57,14 +58,12 @@ def block_product(block: int) -> Linear:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What one layer multiplies with."""
+    """What one layer does, but for attention."""
 
-    attention_norm: torch.Tensor
-    qkv: Product
-    out: Product
-    mlp_norm: torch.Tensor
+    qkv: Product  # of normed hidden states
+    add_out: Callable[[torch.Tensor, torch.Tensor], object]  # to the hidden states
     gate_up: Product
-    down: Product
+    add_down: Callable[[torch.Tensor, torch.Tensor], object]
 
 
 class LeanLayers:
@@ -77,7 +76,7 @@ class LeanLayers:
         linear: what multiplies with a weight.
     """
 
-    def __init__(self, language_model: GPTModel, linear: Linear = F.linear):
+    def __init__(self, language_model: GPTModel, linear: Linear = skinny_linear):
         config = language_model.config
         self.group = language_model.tp_group if config.tensor_model_parallel_size > 1 else None
         self.groups = config.num_query_groups // config.tensor_model_parallel_size
@@ -86,12 +85,10 @@ class LeanLayers:
         self.final_norm = language_model.decoder.final_layernorm.weight
         self.layers = [
             _Layer(
-                layer.input_layernorm.weight,
-                local_product(layer.self_attention.linear_qkv, linear),
-                local_product(layer.self_attention.linear_proj, linear),
-                layer.pre_mlp_layernorm.weight,
-                local_product(layer.mlp.linear_fc1, linear),
-                local_product(layer.mlp.linear_fc2, linear),
+                self._normed(layer.input_layernorm.weight, layer.self_attention.linear_qkv, linear),
+                self._added(layer.self_attention.linear_proj, linear),
+                self._normed(layer.pre_mlp_layernorm.weight, layer.mlp.linear_fc1, linear),
+                self._added(layer.mlp.linear_fc2, linear),
             )
             for layer in language_model.decoder.layers
         ]
@@ -99,16 +96,41 @@ class LeanLayers:
 
     def __call__(self, hidden: torch.Tensor, work: Pass, rotary: Rotary) -> torch.Tensor:
         """Final hidden states `[T, width]` of tokens whose embeddings `[T, width]` are given, and overwritten."""
-        for number, layer in enumerate(self.layers):
-            normed = rms_norm(hidden, layer.attention_norm, self.eps)
-            qkv = layer.qkv(normed).view(-1, self.groups, self.heads, self.width)
-            attended = work.rotate_and_attend(number, qkv, rotary, self.scale).flatten(1)
-            hidden.add_(self._reduced(layer.out(attended)))
-            normed = rms_norm(hidden, layer.mlp_norm, self.eps)
-            hidden.add_(self._reduced(layer.down(swiglu(layer.gate_up(normed)))))
+        for number in range(len(self.layers)):
+            self._run(number, hidden, work, rotary)
         return rms_norm(hidden, self.final_norm, self.eps)
 
-    def _reduced(self, partial: torch.Tensor) -> torch.Tensor:
+    def read(self, hidden: torch.Tensor, work: Pass, rotary: Rotary) -> None:
+        """Only bring keys and values into the cache: nothing of the last layer is computed beyond its own."""
+        last = len(self.layers) - 1
+        for number in range(last):
+            self._run(number, hidden, work, rotary)
+        work.rotate_and_store(last, self._split(self.layers[last].qkv(hidden)), rotary)
+
+    def _run(self, number: int, hidden: torch.Tensor, work: Pass, rotary: Rotary) -> None:
+        layer = self.layers[number]
+        qkv = self._split(layer.qkv(hidden))
+        layer.add_out(hidden, work.rotate_and_attend(number, qkv, rotary, self.scale).flatten(1))
+        layer.add_down(hidden, swiglu(layer.gate_up(hidden)))
+
+    def _split(self, qkv: torch.Tensor) -> torch.Tensor:
+        return qkv.view(-1, self.groups, self.heads, self.width)
+
+    def _normed(self, norm: torch.Tensor, layer: torch.nn.Module, linear: Linear) -> Product:
+        """The norm and the linear layer after it, in one call where the layer is a plain one."""
+        if linear is skinny_linear and not isinstance(layer, Adapted):
+            return partial(skinny_linear, weight=layer.weight, bias=layer.bias, norm=norm, eps=self.eps)
+        product = local_product(layer, linear)
+        return lambda hidden: product(rms_norm(hidden, norm, self.eps))
+
+    def _added(self, layer: torch.nn.Module, linear: Linear) -> Callable[[torch.Tensor, torch.Tensor], object]:
+        """The linear layer and its sum with the hidden states."""
+        if linear is skinny_linear and self.group is None and not isinstance(layer, Adapted):
+            return partial(skinny_linear_add_, weight=layer.weight)
+        product = local_product(layer, linear)
+        return lambda hidden, x: hidden.add_(self._reduced(product(x)))
+
+    def _reduced(self, partial_sum: torch.Tensor) -> torch.Tensor:
         if self.group is not None:
-            dist.all_reduce(partial, group=self.group)
-        return partial
+            dist.all_reduce(partial_sum, group=self.group)
+        return partial_sum

@@ -43,7 +43,7 @@ class PromptReader:
             cumulative(lengths, self._device),
             max(lengths),
         )
-        self._forward.layers(self._embed(chunks, lengths), self._to_device(positions), work)
+        self._forward.read(self._embed(chunks, lengths), self._to_device(positions), work)
 
     def _embed(self, chunks: Sequences[Chunk], lengths: list[int]) -> torch.Tensor:
         tokens = itertools.chain.from_iterable(chunk.sequence.tokens[chunk.start : chunk.end] for chunk in chunks)

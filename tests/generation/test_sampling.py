@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from step_kernels.draw_tokens import uniform
 from support.rollouts import splitmix
 
-from step_megatron.generation.sampling import Needs, RowSettings, choose, uniform
+from step_megatron.generation.sampling import Needs, RowSettings, choose
 
 
 def settings(rows: int, **changed) -> RowSettings:

@@ -69,6 +69,12 @@ def rope_to_cache(tokens: int, width: int):
     return function, [rows(tokens, 2, 4, width).detach()]
 
 
+def draw(tokens: int, width: int):
+    counter = torch.arange(tokens)
+    settings = [torch.full((tokens,), 0.7), counter, counter + 1, torch.full((tokens,), -1)]
+    return step_kernels.draw_tokens, [rows(tokens, width).detach(), *settings]
+
+
 def labelled(op, *rest):
     def make(tokens: int, width: int):
         labels = torch.arange(tokens)
@@ -90,6 +96,7 @@ CASES = {
     "audio_attention_varlen": audio_attention,
     "causal_attention_varlen": attention(step_kernels.causal_attention_varlen),
     "conv_downsample_gelu": conv_downsample,
+    "draw_tokens": draw,
     "fused_downsample": fused_downsample,
     "gae_varlen": gae,
     "linear_cross_entropy": labelled(step_kernels.linear_cross_entropy),
@@ -104,6 +111,14 @@ CASES = {
         [rows(tokens, 4, width), rows(tokens, 2, width), *(rows(tokens, width).detach() for _ in range(2))],
     ),
     "rope_to_cache": rope_to_cache,
+    "skinny_linear": lambda tokens, width: (
+        step_kernels.skinny_linear,
+        [rows(tokens, width).detach(), rows(24, width).detach(), rows(24).detach(), rows(width).detach()],
+    ),
+    "skinny_linear_add_": lambda tokens, width: (
+        lambda y, x, weight: step_kernels.skinny_linear_add_(y * 1, x, weight),
+        [rows(tokens, 24).detach(), rows(tokens, width).detach(), rows(24, width).detach()],
+    ),
     "swiglu": lambda tokens, width: (step_kernels.swiglu, [rows(tokens, 2 * width)]),
 }
 

@@ -21,6 +21,8 @@ OPS = {
     "causal-attention": "attention",
     "paged-attention": "paged",
     "linear-cross-entropy": "loss",
+    "skinny-linear": "decoding",
+    "draw-tokens": "decoding",
 }
 
 
