@@ -176,7 +176,7 @@ def run(trainer: Trainer, name: str) -> None:
         config.training.hang_timeout_seconds,
     )
     with watchdog, Progress(config.training.steps, name, "steps", done=trainer.step) as bar:
-        trainer.advance = lambda step, values: bar.update(step - bar.done, f"loss {values.get('loss', float('nan')):.4f}")
+        trainer.advance = lambda step, values: bar.update(step - bar.done, f"loss {values['loss']:.4f}" if "loss" in values else "")
         train(trainer)
     if trainer.interruption.signal_name:
         logger.warning(
