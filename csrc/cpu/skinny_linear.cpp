@@ -1,6 +1,6 @@
-// Products of few rows with a weight, y = x W^T + b, as decoding makes them: the weight is read once, as it lies, where a library
-// copies it into its own order first; or y += x W^T, the residual of a layer. The rows of x, which are few, become the columns that a tile multiplies with, and the
-// weight's rows pass by.
+// Products of few rows with a weight, y = x W^T + b, or y += x W^T, as decoding makes them: the weight is read once, as it lies, where
+// a library copies it into its own order first. The rows of x, which are few, become the columns that a tile multiplies with, and
+// the weight's rows pass by.
 #include "gemm_tile.h"
 #include "ops.h"
 #include "parallel.h"
