@@ -176,7 +176,11 @@ def run(trainer: Trainer, name: str) -> None:
         config.training.hang_timeout_seconds,
     )
     with watchdog, Progress(config.training.steps, name, "steps", done=trainer.step) as bar:
-        trainer.advance = lambda step, values: bar.update(step - bar.done, f"loss {values['loss']:.4f}" if "loss" in values else "")
+
+        def advance(step: int, values: dict[str, float]) -> None:
+            bar.update(step - bar.done, f"loss {values['loss']:.4f}" if "loss" in values else "")
+
+        trainer.advance = advance
         train(trainer)
     if trainer.interruption.signal_name:
         logger.warning(
