@@ -7,6 +7,7 @@ A checkpoint has three kinds of pickles, and Megatron-Core 0.16.1 and torch read
     __0_0.distcp     tensors, restricted by torch; objects (random states), `torch.load(weights_only=False)`: here restricted too
 """
 
+import enum
 import itertools
 import pickle
 import re
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 from megatron.core import dist_checkpointing
@@ -126,10 +127,21 @@ class _IndexUnpickler(pickle.Unpickler):
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            # How Python 3.11 before its fourth release pickles a member of an enumeration.
+            return self._member
         if name in _INDEX.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
+        self._refuse(f"{module}.{name}")
+
+    def _member(self, owner: Any, name: str) -> enum.Enum:
+        if isinstance(owner, enum.EnumMeta) and name in owner.__members__:
+            return owner[name]
+        self._refuse(f"builtins.getattr of {name!r}")
+
+    def _refuse(self, what: str) -> NoReturn:
         raise UnsafeCheckpoint(
-            f"{self._path}: asks for {module}.{name}, which has no place in an index of tensors; do not use this checkpoint, "
+            f"{self._path}: asks for {what}, which has no place in an index of tensors; do not use this checkpoint, "
             "whoever made it may have meant harm"
         )
 

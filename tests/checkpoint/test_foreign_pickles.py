@@ -1,6 +1,7 @@
 """A checkpoint of foreign origin executes nothing, whichever of its files the harm is in, and says so."""
 
 import builtins
+import enum
 import io
 import pickle
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from parallel import layouts
+from torch.distributed.checkpoint.metadata import Metadata
 
 from step_megatron.checkpoint.directory import checkpoint_root, latest_checkpoint
 from step_megatron.checkpoint.seal import FileSum, write_seal
@@ -39,6 +41,17 @@ def inside_the_index(folder: Path, harm: Harm) -> None:
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     metadata.planner_data = {"plan": [harm]}
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+class Attribute:
+    """Is unpickled to an attribute of the index's class."""
+
+    def __reduce__(self):
+        return getattr, (Metadata, "__init__")
+
+
+def attribute_in_the_index(folder: Path, harm: Harm) -> None:
+    inside_the_index(folder, Attribute())
 
 
 def outside_of_the_folder(folder: Path, harm: Harm) -> None:
@@ -101,6 +114,7 @@ def clean(worker_pool, tmp_path_factory) -> Path:
     [
         (index_itself, ".metadata: asks for io.open"),
         (inside_the_index, ".metadata: asks for io.open"),
+        (attribute_in_the_index, ".metadata: asks for builtins.getattr of '__init__'"),
         (outside_of_the_folder, "names a file that is not in the folder: '../elsewhere'"),
         (common, "common.pt: holds something other than plain values and tensors"),
         (random_state, "random/shard_0_1: holds something other than plain values and tensors"),
@@ -127,3 +141,28 @@ def test_the_same_files_without_harm_are_loaded(clean, worker_pool, tmp_path):
     shutil.copytree(clean, tmp_path / "run")
     seal_again(latest_checkpoint(tmp_path / "run"))
     assert worker_pool(1).run(load, {"run_dir": str(tmp_path / "run")}) == [""]
+
+
+class EarlyPickler(pickle.Pickler):
+    """Writes members of enumerations as Python 3.11 did before its fourth release."""
+
+    members = 0
+
+    def reducer_override(self, value):
+        if not isinstance(value, enum.Enum):
+            return NotImplemented
+        self.members += 1
+        return getattr, (type(value), value.name)
+
+
+def test_an_index_that_an_early_python_3_11_wrote_is_loaded(clean, worker_pool, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(clean, run_dir)
+    index = latest_checkpoint(run_dir) / ".metadata"
+    metadata = pickle.loads(index.read_bytes())
+    with index.open("wb") as file:
+        pickler = EarlyPickler(file)
+        pickler.dump(metadata)
+    assert pickler.members and b"getattr" in index.read_bytes()
+    seal_again(index.parent)
+    assert worker_pool(1).run(load, {"run_dir": str(run_dir)}) == [""]
