@@ -19,6 +19,8 @@ from typing import IO, Any, NoReturn
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import torch as strategies
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from torch.distributed.checkpoint import FileSystemReader
@@ -58,6 +60,7 @@ def load(state: dict[str, Any], directory: Path, **options: Any) -> dict[str, An
         UnsafeCheckpoint: some pickle in it is not what it has to be.
         CheckpointException, and others: as `dist_checkpointing.load`.
     """
+    dict_list_map_inplace(_merged_in_place, state)
     try:
         return dist_checkpointing.load(state, str(directory), _ShardedStrategy(), _CommonStrategy(), **options)
     except CheckpointException as error:
@@ -67,6 +70,24 @@ def load(state: dict[str, Any], directory: Path, **options: Any) -> dict[str, An
             if isinstance(cause, pickle.UnpicklingError):
                 raise _unsafe(f"{directory}: a tensor of it", cause) from error
         raise
+
+
+def _merged_in_place(value: Any) -> Any:
+    """A weight that is stored in parts (gate and up): not put together anew where its parts are its own memory, read in place."""
+    if not isinstance(value, ShardedTensorFactory) or not isinstance(value.data, torch.Tensor):
+        return value
+    whole, merge = value.data, value.merge_fn
+
+    def merged(parts: Any) -> Any:
+        place = whole.data_ptr()
+        if isinstance(parts, list) and whole.is_contiguous():
+            for part in parts:
+                if not (isinstance(part, torch.Tensor) and part.is_contiguous() and part.data_ptr() == place):
+                    break
+                place += part.nbytes
+        return whole if place == whole.data_ptr() + whole.nbytes else merge(parts)
+
+    return replace(value, merge_fn=merged)
 
 
 def load_common(directory: Path) -> dict[str, Any]:
