@@ -34,8 +34,6 @@ _DEVICE = {"cuda": "cuda", "triton": "cuda", "flash": "cuda", "te": "cuda", "cpp
 # What `VARIABLE` said: a look at the environment at every call would take as long as a small op.
 in_force = os.environ.get(VARIABLE, "")
 _ops: dict[str, dict[str, frozenset[torch.dtype]]] = {}
-# Those of a device: a decoding step asks dozens of times, and a look at each takes as long as a small op.
-_on: dict[tuple[str, str], list[tuple[str, frozenset[torch.dtype]]]] = {}
 # How often each (op, backend) was chosen in this process.
 chosen: Counter[tuple[str, str]] = Counter()
 # Measured choices that cannot be followed: each is said once.
@@ -45,8 +43,6 @@ _said: set[choices.Key] = set()
 def register(op: str, **backends: Collection[torch.dtype]) -> None:
     """State the backends of an op, in order of preference, each with its dtypes; torch, which takes any, is added at the end."""
     _ops[op] = {name: frozenset(dtypes) for name, dtypes in backends.items()}
-    for device in ("cpu", "cuda"):
-        _on[op, device] = [(name, dtypes) for name, dtypes in _ops[op].items() if _DEVICE[name] == device]
 
 
 def registered() -> dict[str, tuple[str, ...]]:
@@ -211,9 +207,12 @@ def _can_follow(measured: choices.Choice, device: torch.device, dtype: torch.dty
 
 
 def _preferred(op: str, device: torch.device, dtype: torch.dtype, unfit: Mapping[str, str]) -> tuple[str, str]:
+    # Asked once: making the string takes as long as all else here, and a decoding step comes dozens of times.
     kind = device.type
     first = True
-    for name, dtypes in _on.get((op, kind), ()):
+    for name, dtypes in _ops[op].items():
+        if _DEVICE[name] != kind:
+            continue
         if dtype in dtypes and name not in unfit:
             reason = native.load_error() if name == "cpp" else _unavailable(name, kind)
             if not reason:
