@@ -214,7 +214,7 @@ def _preferred(op: str, device: torch.device, dtype: torch.dtype, unfit: Mapping
         if _DEVICE[name] != kind:
             continue
         if dtype in dtypes and name not in unfit:
-            reason = native.load_error() if name == "cpp" else _unavailable(name, kind)
+            reason = _unavailable(name, kind)
             if not reason:
                 return name, "first of its order" if first else "first of its order that takes it"
             if name not in LIBRARIES:

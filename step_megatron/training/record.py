@@ -48,8 +48,6 @@ def check_record(config: Config, runtime: Runtime) -> None:
         ConfigError: a difference in the model, or in what is needed to read it; names the key.
     """
     path = Path(config.run.dir) / RUN_CONFIG
-    if not path.is_file():
-        return
     for key, (old, new) in changed_settings(config).items():
         if key not in _EXCEPT and (key.startswith(_MODEL) or key in _MODEL_FIELDS):
             raise ConfigError(

@@ -20,6 +20,7 @@ _SAME_WORK, _EAGER, _COMPILED = 1.0, 2.0, 1.0
 
 
 def linear_cases(device: torch.device) -> list[Case]:
+    """Products of a weight with few rows, beside the library's."""
     cases = []
     for rows, inner, outputs in _LINEARS:
         x, weight = (
@@ -45,6 +46,7 @@ def _eager_likeliest(logits, temperature, seeds, draws, forced):
 
 
 def draw_cases(device: torch.device) -> list[Case]:
+    """Tokens of 32 rows, sampled and greedy, at the vocabularies of `tiny`, SmolLM2 and Qwen2.5."""
     cases = []
     for rows, width in _DRAWS:
         logits = 3 * torch.randn(rows, width, generator=torch.Generator().manual_seed(width)).to(device)
